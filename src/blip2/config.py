@@ -1,0 +1,236 @@
+"""What a model is made of: frozen values, no code. Presets state only their differences.
+
+Read from files through `read_config`, which refuses unknown keys and wrong types by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from blip2.errors import ConfigError
+
+FORMAT_VERSION = 1  # of the directory that `weights.save` writes
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Strict:
+    """Mixin: pydantic refuses keys that the dataclass does not have."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class VisionConfig(Strict):
+    """A Vision Transformer. The defaults are EVA-CLIP ViT-g/14 as BLIP-2 uses it: 39 of 40 blocks, no final norm.
+
+    Attributes:
+        image_size: side of the square input in pixels.
+        key_bias: False where the fused projection has a bias for query and value only (EVA).
+        pre_norm: a LayerNorm before the first block (CLIP).
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1408
+    layers: int = 39
+    heads: int = 16
+    mlp_width: int = 6144
+    norm_eps: float = 1e-6
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    key_bias: bool = False
+    pre_norm: bool = False
+    patch_bias: bool = True
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    @property
+    def tokens(self) -> int:
+        """Class token and patches."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class PartConfig(Strict):
+    """A frozen part that somebody else made, by the name that `adapters` knows it under.
+
+    Attributes:
+        name: such as `efficientnet-lite2`, `gemma-3-270m`, `minilm-l6`, or `transformers:DIRECTORY`.
+        width: of its output (encoder) or of its embeddings (language model).
+        sha256: of its weights, empty until the model is saved; checked when it is loaded.
+    """
+
+    name: str
+    width: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class QFormerConfig(Strict):
+    """The Querying Transformer. The defaults are the published one: BERT-base with 32 queries.
+
+    Attributes:
+        encoder_width: width of the patches that the queries attend to.
+        cross_attention_every: queries attend to the patches in layers 0, n, 2n, ...
+        text: whether the text feed-forwards and embeddings exist (stage 1, matching, question-aware queries).
+        text_pooling: what the text vector is projected from: the first token, or the mean over the text.
+        frozen_words: the word embeddings belong to a frozen part: they are neither trained nor saved.
+        decoder_id: token that takes the place of `cls_id` where text is generated ([DEC]).
+    """
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    queries: int = 32
+    encoder_width: int = 1408
+    cross_attention_every: int = 2
+    vocab_size: int = 30523
+    positions: int = 512
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    text: bool = True
+    text_pooling: Literal["cls", "mean"] = "cls"
+    frozen_words: bool = False
+    pad_id: int = 0
+    cls_id: int = 101
+    sep_id: int = 102
+    decoder_id: int = 30522
+
+
+@dataclass(frozen=True)
+class LanguageConfig(Strict):
+    """A language model whose weights come with the checkpoint (the published ones); `kind` names its architecture."""
+
+    kind: Literal["opt", "t5"] = "opt"
+    width: int = 2560
+
+
+@dataclass(frozen=True)
+class PromptConfig(Strict):
+    """The words around an image, and how its prefix is laid out.
+
+    Attributes:
+        visual: whether the visual prefix stands before the begin-of-sequence token (published OPT) or after it.
+        caption: what a caption starts from, empty for none.
+        question: the template of one question; `{}` is the question.
+        turn: one finished turn of a chat: question, answer.
+    """
+
+    visual: Literal["before_bos", "after_bos"] = "before_bos"
+    caption: str = ""
+    question: str = "Question: {} Answer:"
+    turn: str = "Question: {} Answer: {}. "
+
+
+@dataclass(frozen=True)
+class Blip2Config(Strict):
+    """A whole model.
+
+    Attributes:
+        vision: a ViT of our own, or a frozen part.
+        language: None for a model that only matches and embeds (stage 1).
+        text: the frozen part that the Q-Former's tokenizer and word embeddings come from, None where they are saved.
+        embedding_width: of the shared image-text space (ITC).
+        vision_norm_eps: of the LayerNorm between encoder and Q-Former (`ln_vision`).
+        heads: whether the stage-1 heads (ITC, ITM, ITG) exist.
+    """
+
+    vision: VisionConfig | PartConfig = dataclasses.field(default_factory=VisionConfig)
+    qformer: QFormerConfig = dataclasses.field(default_factory=QFormerConfig)
+    language: LanguageConfig | PartConfig | None = None
+    text: PartConfig | None = None
+    embedding_width: int = 256
+    vision_norm_eps: float = 1e-5
+    heads: bool = True
+    prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    format: int = FORMAT_VERSION
+
+    def replace(self, **changes: Any) -> Blip2Config:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+EVA_G = VisionConfig()
+CLIP_L = VisionConfig(
+    width=1024,
+    layers=23,
+    mlp_width=4096,
+    norm_eps=1e-5,
+    activation="quick_gelu",
+    key_bias=True,
+    pre_norm=True,
+    patch_bias=False,
+)
+_QUERIES_ONLY = QFormerConfig(text=False)
+
+
+def _generative(vision: VisionConfig, language: LanguageConfig) -> Blip2Config:
+    qformer = dataclasses.replace(_QUERIES_ONLY, encoder_width=vision.width)
+    return Blip2Config(vision=vision, qformer=qformer, language=language, heads=False)
+
+
+_EVA_G_COCO = dataclasses.replace(EVA_G, image_size=364)
+
+PRESETS: dict[str, Blip2Config] = {
+    "pretrain": Blip2Config(),
+    "pretrain_vitL": Blip2Config(vision=CLIP_L, qformer=QFormerConfig(encoder_width=1024)),
+    "coco": Blip2Config(vision=_EVA_G_COCO),
+    "pretrain_opt2.7b": _generative(EVA_G, LanguageConfig("opt", 2560)),
+    "pretrain_opt6.7b": _generative(EVA_G, LanguageConfig("opt", 4096)),
+    "pretrain_flant5xl": _generative(EVA_G, LanguageConfig("t5", 2048)),
+    "pretrain_flant5xxl": _generative(EVA_G, LanguageConfig("t5", 4096)),
+    "pretrain_vitL_opt2.7b": _generative(CLIP_L, LanguageConfig("opt", 2560)),
+    "pretrain_flant5xl_vitL": _generative(CLIP_L, LanguageConfig("t5", 2048)),
+    "caption_coco_opt2.7b": _generative(_EVA_G_COCO, LanguageConfig("opt", 2560)),
+    "caption_coco_opt6.7b": _generative(_EVA_G_COCO, LanguageConfig("opt", 4096)),
+    "caption_coco_flant5xl": _generative(_EVA_G_COCO, LanguageConfig("t5", 2048)),
+    "mini": Blip2Config(
+        vision=PartConfig("efficientnet-lite2", width=1280),
+        text=PartConfig("minilm-l6", width=384),
+        language=PartConfig("gemma-3-270m", width=640),
+        qformer=QFormerConfig(
+            width=384,
+            layers=6,
+            mlp_width=1536,
+            encoder_width=1280,
+            vocab_size=30522,
+            positions=64,
+            text_pooling="mean",
+            frozen_words=True,
+            decoder_id=1,  # [unused0], which no text contains
+        ),
+        prompts=PromptConfig(visual="after_bos"),
+    ),
+}
+
+
+def read_config(path: Path) -> Blip2Config:
+    """A configuration from a JSON file.
+
+    Raises:
+        ConfigError: the file is not JSON, has an unknown key or a value of the wrong type; the message names the key.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Blip2Config).validate_python(json.loads(path.read_text()))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from None
+
+
+def write_config(config: Blip2Config, path: Path) -> None:
+    """The configuration as JSON, which `read_config` reads back equal."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def describe(error: Any) -> str:
+    """A pydantic ValidationError in one line: `key.inner: what is wrong; ...`."""
+    return "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())

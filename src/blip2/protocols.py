@@ -1,0 +1,115 @@
+"""The two kinds of frozen part, and what a bridge asks of them.
+
+Letters: B rows, P patches, S prefix positions, T target positions, D width, V vocabulary, H W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """A frozen image encoder: normalised pixels to a sequence of patch features."""
+
+    @property
+    def width(self) -> int:
+        """Width of a patch feature."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        ...
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean of each channel on 0..1, that pixels are normalised with."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation of each channel on 0..1."""
+        ...
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Patch features.
+
+        Args:
+            pixels: float[B, 3, H, W], normalised.
+        Returns:
+            float[B, P, D].
+        """
+        ...
+
+
+class Cache(Protocol):
+    """What a language model has read so far, one row a sequence."""
+
+    def select(self, rows: Tensor) -> Self:
+        """The rows in a new order, some perhaps many times or not at all: for beams and finished rows.
+
+        Args:
+            rows: int64[N], indices into the present rows.
+        """
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A frozen language model, decoder-only or encoder-decoder: the difference stays behind this protocol.
+
+    A prefix is right-padded; a row's result never depends on its neighbours or on padding.
+    """
+
+    @property
+    def width(self) -> int:
+        """Width of an embedding."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context(self) -> int:
+        """The most positions that prefix and text may fill together."""
+        ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings as the model's first layer takes them: int64[...] to float[..., D]."""
+        ...
+
+    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
+        """Read the prefix once.
+
+        Args:
+            prefix: float[B, S, D], right-padded.
+            lengths: int64[B], how many positions of each row are real.
+        Returns:
+            logits float[B, V] of the first new token, and the cache to go on from.
+        """
+        ...
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Read one more token a row, int64[B], into the cache; logits float[B, V] of the next."""
+        ...
+
+    def log_probs(
+        self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None
+    ) -> Tensor:
+        """Log-probability of each target token after the prefix and the targets before it (teacher forcing).
+
+        Carries the gradient to `prefix`: the loss of stage 2 is the negative mean of this, a choice's score its sum.
+
+        Args:
+            prefix: float[B, S, D], right-padded.
+            lengths: int64[B].
+            targets: int64[B, T], right-padded with -100.
+            vocabulary: int64[K], sorted: the softmax runs over these tokens only (all where None); every target
+                must be among them.
+        Returns:
+            float32[B, T], 0 where the target is padding.
+        """
+        ...

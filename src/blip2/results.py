@@ -1,0 +1,74 @@
+"""The values that verbs take and give. Letters: N images, M texts, P patches, Q queries, D width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Images encoded once, accepted wherever an image is.
+
+    Attributes:
+        patches: float[N, P, Dv], the frozen encoder's output; matching needs it.
+        queries: float[N, Q, Dq], what the Q-Former read from it; captions and answers start here.
+        vectors: float[N, Q, E], unit length, in the shared image-text space; empty (E = 0) without that head.
+    """
+
+    patches: Tensor
+    queries: Tensor
+    vectors: Tensor
+
+    def __len__(self) -> int:
+        return self.queries.shape[0]
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> ImageFeatures:
+        """Some of the images, still as a batch."""
+        index = [rows] if isinstance(rows, int) else rows
+        return ImageFeatures(self.patches[index], self.queries[index], self.vectors[index])
+
+    @staticmethod
+    def concatenate(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Several batches as one, in order."""
+        return ImageFeatures(
+            torch.cat([part.patches for part in parts]),
+            torch.cat([part.queries for part in parts]),
+            torch.cat([part.vectors for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Matches:
+    """How well N images and M texts fit.
+
+    Attributes:
+        itm: float[N, M], probability that the pair matches (image-text matching head).
+        itc: float[N, M], cosine of the best query and the text (image-text contrastive).
+    """
+
+    itm: Tensor
+    itc: Tensor
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated text.
+
+    Attributes:
+        text: decoded and stripped.
+        ids: its tokens, without the one that ended it.
+        log_probs: log-probability of each generated token, the ending one included where there was one.
+        score: what it was ranked by: the sum of `log_probs` over length ** length_penalty.
+        finish: `stop` where the model ended the text itself, `length` where the limit did.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    score: float
+    finish: Literal["stop", "length"]

@@ -1,0 +1,1 @@
+"""Training: the objectives, the data, the loop and its recipes."""
