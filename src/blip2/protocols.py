@@ -96,9 +96,7 @@ class LanguageModel(Protocol):
         """Read one more token a row, int64[B], into the cache; logits float[B, V] of the next."""
         ...
 
-    def log_probs(
-        self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None
-    ) -> Tensor:
+    def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """Log-probability of each target token after the prefix and the targets before it (teacher forcing).
 
         Carries the gradient to `prefix`: the loss of stage 2 is the negative mean of this, a choice's score its sum.

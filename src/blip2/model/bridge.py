@@ -1,0 +1,86 @@
+"""The bridge: everything of BLIP-2 that is trained, between a frozen image encoder and a frozen language model.
+
+Letters: B rows, P patches, Q queries, T text positions, D Q-Former width, E width of the image-text space.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import Blip2Config
+from blip2.errors import ConfigError
+from blip2.model.heads import StageOneHeads
+from blip2.model.qformer import Look, QFormer
+
+
+class Bridge(nn.Module):
+    """`ln_vision`, the Q-Former, its heads and the projection to the language model."""
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        if config.vision.width != config.qformer.encoder_width:
+            raise ConfigError(
+                f"qformer.encoder_width is {config.qformer.encoder_width}, the image encoder's is {config.vision.width}"
+            )
+        self.config = config
+        self.vision_norm = nn.LayerNorm(config.vision.width, config.vision_norm_eps)
+        self.qformer = QFormer(config.qformer)
+        self.heads = StageOneHeads(config) if config.heads else None
+        width = config.qformer.width
+        self.language_projection = nn.Linear(width, config.language.width) if config.language else None
+
+    def look(self, patches: Tensor) -> Look:
+        """The queries read the image: float[B, P, Dv] to hidden states float[B, Q, D] with their keys and values."""
+        return self.qformer.look(self.vision_norm(patches))
+
+    def image_vectors(self, hidden: Tensor) -> Tensor:
+        """Queries in the image-text space: float[B, Q, D] to float[B, Q, E], unit length (ITC)."""
+        return F.normalize(self._heads.vision_proj(hidden), dim=-1)
+
+    def text_vectors(self, ids: Tensor) -> Tensor:
+        """Texts in the image-text space: int64[B, T], right-padded, to float[B, E], unit length (ITC)."""
+        hidden = self.qformer.read(ids)  # (B, T, D)
+        if self.config.qformer.text_pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            real = self.qformer.real(ids)[..., None]  # (B, T, 1)
+            pooled = (hidden * real).sum(1) / real.sum(1)
+        return F.normalize(self._heads.text_proj(pooled), dim=-1)
+
+    def match(self, patches: Tensor, ids: Tensor) -> Tensor:
+        """Logits float[B, 2] of (no match, match) for pairs: the mean over the queries (ITM)."""
+        hidden = self.qformer.join(self.vision_norm(patches), ids)[:, : self.config.qformer.queries]  # (B, Q, D)
+        return self._heads.itm_head(hidden).mean(1)
+
+    def write(self, look: Look, ids: Tensor) -> Tensor:
+        """Hidden states float[B, T, D] that see the queries and the text so far; [CLS] gives way to [DEC] (ITG)."""
+        first = torch.full_like(ids[:, :1], self.config.qformer.decoder_id)
+        return self.qformer.write(look, torch.cat([first, ids[:, 1:]], dim=1))
+
+    def word_logits(self, hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """Logits of the next token (ITG).
+
+        Args:
+            hidden: float[..., D], from `write`.
+            vocabulary: int64[K], sorted: logits of these tokens only, all where None.
+        Returns:
+            float[..., K or V].
+        """
+        words, head = self.qformer.words.weight, self._heads.words
+        if vocabulary is None:
+            return F.linear(head(hidden), words, head.bias)
+        return F.linear(head(hidden), words[vocabulary], head.bias[vocabulary])
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Queries as soft prompt: float[B, Q, D] to the language model's width."""
+        if self.language_projection is None:
+            raise ConfigError("this model has no language model: it matches and embeds, but does not write")
+        return self.language_projection(hidden)
+
+    @property
+    def _heads(self) -> StageOneHeads:
+        if self.heads is None:
+            raise ConfigError("this model has no matching heads: it writes, but does not match or embed")
+        return self.heads

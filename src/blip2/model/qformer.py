@@ -1,0 +1,207 @@
+"""The Querying Transformer: learned queries that read an image, beside a text that may or may not see them.
+
+One transformer, three ways to look (BLIP-2, figure 2):
+  ITC  `look` and `read`: queries see queries, text sees text.
+  ITM  `join`: queries and text see each other.
+  ITG  `write`: text sees the queries and the text before it; the queries' keys and values come from `look`.
+
+Letters: B rows, Q queries, T text positions, P patches, D width, A heads, E encoder width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.config import QFormerConfig
+from blip2.model.attention import attend, split_heads
+
+INIT_STD = 0.02  # BERT's; BLIP-2's for the queries too
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the queries saw.
+
+    Attributes:
+        hidden: float[B, Q, D], the last layer's output.
+        keys, values: one float[B, A, Q, D/A] a layer, of the self-attention: what a text needs to go on from here.
+    """
+
+    hidden: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+class QFormer(nn.Module):
+    """BERT with learned queries, cross-attention to an image and a second feed-forward for the queries."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(torch.empty(1, config.queries, config.width))
+        if config.text:
+            self.words = nn.Embedding(config.vocab_size, config.width)
+            self.positions = nn.Embedding(config.positions, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        every = config.cross_attention_every
+        self.layers = nn.ModuleList(Layer(config, crosses=index % every == 0) for index in range(config.layers))
+        self.apply(_initialise)
+        nn.init.normal_(self.query_tokens, std=INIT_STD)
+        if config.frozen_words and config.text:
+            self.words.weight.requires_grad_(False)
+
+    def look(self, patches: Tensor) -> Look:
+        """Queries read the image and see no text.
+
+        Args:
+            patches: float[B, P, E].
+        Source: BLIP-2, section 3.1.
+        """
+        x = self._start_queries(len(patches))
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for layer in self._layers:
+            key, value = layer.attention.keys_values(x)
+            keys.append(key)
+            values.append(value)
+            x = layer(x, x.shape[1], key, value, None, patches)
+        return Look(x, tuple(keys), tuple(values))
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Text alone, both ways (ITC): int64[B, T], right-padded, to float[B, T, D]."""
+        mask = self.real(ids)[:, None, None, :]  # (B, 1, 1, T)
+        x = self._start_text(ids)
+        for layer in self._layers:
+            x = layer(x, 0, *layer.attention.keys_values(x), mask, None)
+        return x
+
+    def join(self, patches: Tensor, ids: Tensor) -> Tensor:
+        """Queries and text see each other (ITM).
+
+        Args:
+            patches: float[B, P, E].
+            ids: int64[B, T], right-padded.
+        Returns:
+            float[B, Q + T, D]: the queries first.
+        Source: BLIP-2, section 3.2.
+        """
+        queries = self._start_queries(len(ids))
+        x = torch.cat([queries, self._start_text(ids)], dim=1)  # (B, Q + T, D)
+        real = torch.cat([self.real(ids).new_ones(queries.shape[:2]), self.real(ids)], dim=1)  # (B, Q + T)
+        for layer in self._layers:
+            x = layer(x, queries.shape[1], *layer.attention.keys_values(x), real[:, None, None, :], patches)
+        return x
+
+    def write(self, look: Look, ids: Tensor) -> Tensor:
+        """Text sees all queries and the text before it (ITG): int64[B, T], right-padded, to float[B, T, D].
+
+        The queries are not computed again: they never saw the text.
+        """
+        length = ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        queries = causal.new_ones(length, look.hidden.shape[1])
+        mask = torch.cat([queries, causal], dim=1)[None, None]  # (1, 1, T, Q + T); padding stands right of all text
+        x = self._start_text(ids)
+        for layer, past_key, past_value in zip(self._layers, look.keys, look.values, strict=True):
+            key, value = layer.attention.keys_values(x)
+            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+            x = layer(x, 0, key, value, mask, None)
+        return x
+
+    def real(self, ids: Tensor) -> Tensor:
+        """bool[B, T]: True where a token is no padding."""
+        return ids != self.config.pad_id
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return cast("list[Layer]", self.layers)  # a ModuleList forgets the type of its modules
+
+    def _start_queries(self, rows: int) -> Tensor:
+        return self.dropout(self.norm(self.query_tokens)).expand(rows, -1, -1)  # (B, Q, D)
+
+    def _start_text(self, ids: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]]))  # (B, T, D)
+
+
+class Layer(nn.Module):
+    """Shared self-attention; cross-attention and a feed-forward for queries; another feed-forward for text."""
+
+    def __init__(self, config: QFormerConfig, *, crosses: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, config.width)
+        self.cross_attention = Attention(config, config.encoder_width) if crosses else None
+        self.query_feed_forward = FeedForward(config)
+        self.text_feed_forward = FeedForward(config) if config.text else None
+
+    def forward(
+        self, x: Tensor, queries: int, key: Tensor, value: Tensor, mask: Tensor | None, patches: Tensor | None
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            x: float[B, N, D], of which the first `queries` positions are queries and the rest text.
+            key, value: float[B, A, M, D/A] of everything that may be seen.
+            mask: bool, broadcastable to [B, A, N, M], None where all is seen.
+            patches: float[B, P, E], None where there are no queries.
+        """
+        x = self.attention(x, key, value, mask)
+        seeing, text = x[:, :queries], x[:, queries:]
+        parts: list[Tensor] = []
+        if patches is not None:
+            if self.cross_attention is not None:
+                seeing = self.cross_attention(seeing, *self.cross_attention.keys_values(patches), None)
+            parts.append(self.query_feed_forward(seeing))
+        if text.shape[1] and self.text_feed_forward is not None:
+            parts.append(self.text_feed_forward(text))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class Attention(nn.Module):
+    """BERT's: projections, attention, output, then add and norm (post-LN)."""
+
+    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(source_width, config.width)
+        self.value = nn.Linear(source_width, config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is looked at: float[B, M, source width] to two float[B, A, M, D/A]."""
+        return split_heads(self.key(source), self.heads), split_heads(self.value(source), self.heads)
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        query = split_heads(self.query(x), self.heads)  # (B, A, N, D/A)
+        seen = attend(query, key, value, mask, self.dropout.p if self.training else 0.0)  # (B, N, D)
+        return self.norm(x + self.dropout(self.out(seen)))
+
+
+class FeedForward(nn.Module):
+    """BERT's: up, GELU, down, then add and norm (post-LN)."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+def _initialise(module: nn.Module) -> None:
+    """BERT's initialisation; training starts from a pre-trained BERT where a recipe names one."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,228 @@
+"""What is minimised: stage 1 (ITC + ITM + ITG) and stage 2 (language modelling through the frozen model).
+
+An objective is a module around the bridge: a batch in, named losses out; their sum is minimised.
+
+Letters: B rows of this rank, N rows of all ranks, P patches, Q queries, T text positions, E image-text space, K words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.model import prefix
+from blip2.model.bridge import Bridge
+from blip2.model.qformer import Look
+from blip2.protocols import ImageEncoder, LanguageModel
+from blip2.train.distributed import World
+
+MASKED = -1e4  # a similarity that softmax never draws, finite so that a row of nothing else stays a distribution
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows of one step.
+
+    Attributes:
+        images: float[B, P, Dv] patches of the frozen encoder, or float[B, 3, H, W] pixels for it.
+        image_ids: int64[B]; equal where the image is the same, so that it is no negative of itself.
+        ids: int64[B, T] Q-Former tokens, [CLS] .. [SEP], right-padded; (B, 0) where only stage 2 reads the batch.
+        prompts: B tuples of language-model ids that stand after the queries; empty in stage 1.
+        targets: int64[B, T'] language-model ids to predict, right-padded with -100; (B, 0) in stage 1.
+    """
+
+    images: Tensor
+    image_ids: Tensor
+    ids: Tensor
+    prompts: tuple[tuple[int, ...], ...] = ()
+    targets: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; the prompts stay lists."""
+        move = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("images", "image_ids", "ids", "targets")
+        }
+        return Batch(prompts=self.prompts, **move)
+
+
+class Stage1(nn.Module):
+    """Representation learning: image-text contrast, matching and image-grounded text generation.
+
+    Args:
+        bridge: what is trained.
+        encoder: the frozen encoder, where batches hold pixels; None where they hold its patches.
+        weights: of the three losses, by name; one of weight 0 is not computed.
+        smoothing: label smoothing of ITC and ITG.
+        gather_gradient: ITC's gradient crosses ranks, which equals one process with the whole batch; False is what
+            the public code does (`reference`).
+        vocabulary: int64[K], sorted: ITG's softmax runs over these tokens, all where None.
+    Source: BLIP-2, section 3.2.
+    """
+
+    vocabulary: Tensor | None
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        encoder: ImageEncoder | None = None,
+        *,
+        weights: Mapping[str, float] | None = None,
+        smoothing: float = 0.1,
+        gather_gradient: bool = True,
+        vocabulary: Tensor | None = None,
+        world: World | None = None,
+    ) -> None:
+        super().__init__()
+        self.bridge = bridge
+        self.encoder = encoder
+        self.weights = dict(weights or {"itc": 1.0, "itm": 1.0, "itg": 1.0})
+        self.smoothing = smoothing
+        self.gather_gradient = gather_gradient
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
+        self.world = world or World()
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        """Losses by name, each a float32 scalar: the mean over this rank's rows, times its weight.
+
+        Args:
+            seed: of the negatives that ITM draws, the same on every rank.
+        """
+        patches = encode(self.encoder, batch.images)
+        return self.losses(self.bridge.look(patches), patches, batch, seed)
+
+    def losses(self, look: Look, patches: Tensor, batch: Batch, seed: int) -> dict[str, Tensor]:
+        """The same from what the queries already saw, for objectives that share it."""
+        itc, itm, itg = (self.weights.get(name, 0.0) for name in ("itc", "itm", "itg"))
+        losses: dict[str, Tensor] = {}
+        if itc or itm:
+            by_image, by_text = self._similarities(look, batch.ids)
+            image_ids = self.world.gather(batch.image_ids)  # (N,)
+            if itc:
+                losses["itc"] = itc * self._itc(by_image, by_text, image_ids)
+            if itm:
+                wrong_texts = self._draw_negatives(by_image, image_ids, seed)
+                wrong_images = self._draw_negatives(by_text, image_ids, seed + 1)
+                losses["itm"] = itm * self._itm(wrong_texts, wrong_images, patches, batch.ids)
+        if itg:
+            losses["itg"] = itg * self._itg(look, batch.ids)
+        return losses
+
+    def _similarities(self, look: Look, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Own images with all texts and own texts with all images, float32[B, N] each, over the temperature."""
+        assert self.bridge.heads is not None
+        temperature = self.bridge.heads.temperature.float()
+        image_vectors = self.bridge.image_vectors(look.hidden).float()  # (B, Q, E)
+        text_vectors = self.bridge.text_vectors(ids).float()  # (B, E)
+        all_images = self.world.gather(image_vectors, gradient=self.gather_gradient)  # (N, Q, E)
+        all_texts = self.world.gather(text_vectors, gradient=self.gather_gradient)  # (N, E)
+        by_image = torch.einsum("bqe,ne->bnq", image_vectors, all_texts).amax(-1)  # (B, N)
+        by_text = torch.einsum("be,nqe->bnq", text_vectors, all_images).amax(-1)  # (B, N)
+        return by_image / temperature, by_text / temperature
+
+    def _itc(self, by_image: Tensor, by_text: Tensor, image_ids: Tensor) -> Tensor:
+        """Cross-entropy both ways; the texts of one image share the target's mass."""
+        own = self.world.own(image_ids, len(by_image))
+        same = (own[:, None] == image_ids[None, :]).float()  # (B, N)
+        target = same / same.sum(1, keepdim=True)
+        target = (1 - self.smoothing) * target + self.smoothing / len(image_ids)
+        return (F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)) / 2
+
+    def _itm(self, wrong_texts: Tensor, wrong_images: Tensor, patches: Tensor, ids: Tensor) -> Tensor:
+        """Pairs that match, each image with a hard wrong text, each text with a hard wrong image."""
+        all_patches, all_ids = self.world.gather(patches), self._gather_ids(ids)
+        own_ids = self.world.own(all_ids, len(ids))
+        logits = self.bridge.match(
+            torch.cat([patches, all_patches[wrong_images], patches]),
+            torch.cat([own_ids, own_ids, all_ids[wrong_texts]]),
+        )  # (3 B, 2)
+        labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        labels[: len(patches)] = 1
+        return F.cross_entropy(logits.float(), labels)
+
+    def _draw_negatives(self, similarity: Tensor, image_ids: Tensor, seed: int) -> Tensor:
+        """One wrong partner a row, int64[B] among all ranks' rows, by the softmax of the similarity.
+
+        The noise is drawn for all rows and then cut, so that ranks together draw what one process would.
+        """
+        own = self.world.own(image_ids, len(similarity))
+        scores = similarity.detach().masked_fill(own[:, None] == image_ids[None, :], MASKED)
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(len(image_ids), len(image_ids), generator=generator).clamp_min(1e-20)
+        gumbel = -torch.log(-torch.log(uniform))  # argmax(score + gumbel) is a draw from softmax(score)
+        return (scores + self.world.own(gumbel, len(similarity)).to(scores.device)).argmax(1)
+
+    def _gather_ids(self, ids: Tensor) -> Tensor:
+        """Texts of all ranks, padded to the longest of them."""
+        if self.world.size == 1:
+            return ids
+        width = self.world.gather(torch.tensor([ids.shape[1]], device=ids.device)).max()
+        return self.world.gather(F.pad(ids, (0, int(width) - ids.shape[1]), value=self.bridge.config.qformer.pad_id))
+
+    def _itg(self, look: Look, ids: Tensor) -> Tensor:
+        """Each token from the queries and the tokens before it; padding carries no loss."""
+        real = self.bridge.qformer.real(ids)[:, 1:]  # (B, T - 1)
+        hidden = self.bridge.write(look, ids)[:, :-1][real]  # (M, D)
+        targets = ids[:, 1:][real]
+        if self.vocabulary is not None:
+            targets = torch.searchsorted(self.vocabulary, targets)
+        logits = self.bridge.word_logits(hidden, self.vocabulary)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
+
+
+class Stage2(nn.Module):
+    """Generative learning: the frozen language model writes the text after the projected queries.
+
+    For an encoder-decoder a batch's prompt is the caption's first words and its target the rest (prefix LM).
+
+    Args:
+        keep: stage-1 losses that go on beside it, so that the one bridge still matches and embeds; None as published.
+        vocabulary: int64[K], sorted: the softmax runs over these tokens, all where None.
+    Source: BLIP-2, section 3.3.
+    """
+
+    vocabulary: Tensor | None
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        language: LanguageModel,
+        encoder: ImageEncoder | None = None,
+        *,
+        bos: int | None,
+        keep: Stage1 | None = None,
+        vocabulary: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.bridge = bridge
+        self.language = language
+        self.encoder = encoder
+        self.bos = bos
+        self.keep = keep
+        self.register_buffer("vocabulary", vocabulary, persistent=False)
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        """Losses by name: `lm`, the mean over this rank's target tokens, and what is kept of stage 1."""
+        patches = encode(self.encoder, batch.images)
+        look = self.bridge.look(patches)
+        visual = self.bridge.project(look.hidden)  # (B, Q, Dl)
+        layout = self.bridge.config.prompts.visual
+        embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
+        log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary)  # (B, T')
+        losses = {"lm": -log_probs.sum() / (batch.targets != -100).sum()}
+        if self.keep is not None:
+            losses |= self.keep.losses(look, patches, batch, seed)
+        return losses
+
+
+def encode(encoder: ImageEncoder | None, images: Tensor) -> Tensor:
+    """Patches float[B, P, D] of a batch's images, which are patches already or pixels float[B, 3, H, W]."""
+    if images.ndim == 3:
+        return images
+    assert encoder is not None, "a batch of pixels needs the frozen encoder"
+    with torch.no_grad():
+        return encoder(images)

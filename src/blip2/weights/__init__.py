@@ -1,0 +1,6 @@
+"""Where a checkpoint is, how it is named, and how it comes in and out."""
+
+from blip2.weights.load import load
+from blip2.weights.save import save
+
+__all__ = ["load", "save"]

@@ -1,0 +1,99 @@
+"""Read our own format back; nothing missing, nothing left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from blip2.config import FORMAT_VERSION, Blip2Config, VisionConfig, read_config
+from blip2.errors import CheckpointError
+from blip2.model.bridge import Bridge
+from blip2.model.vision import VisionTransformer
+from blip2.weights.save import FROZEN_WORDS
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a directory holds: the trained bridge, and the image encoder where it is ours."""
+
+    config: Blip2Config
+    bridge: Bridge
+    vision: VisionTransformer | None
+
+
+def load(directory: Path, words: Tensor | None = None) -> Loaded:
+    """A model from the directory that `save` wrote, in float32 on the CPU.
+
+    Args:
+        words: float[V, D], the frozen text part's embeddings, where the configuration says that they belong to it.
+    Raises:
+        CheckpointError: no such directory, a newer format, a damaged file, a missing, unexpected or misshaped tensor.
+        ConfigError: the configuration has an unknown key or a wrong value.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no model here (config.json is missing)")
+    config = read_config(path)
+    if config.format > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {config.format} is newer than this blip2 reads ({FORMAT_VERSION}); upgrade it"
+        )
+    with torch.device("meta"):
+        bridge = Bridge(config)
+    extra = {FROZEN_WORDS: words} if config.qformer.frozen_words and words is not None else {}
+    _fill(bridge, directory / "bridge.safetensors", extra)
+    if config.qformer.frozen_words and config.qformer.text:
+        bridge.qformer.words.weight.requires_grad_(False)
+    vision = None
+    if isinstance(config.vision, VisionConfig):
+        with torch.device("meta"):
+            vision = VisionTransformer(config.vision)
+        _fill(vision, directory / "vision.safetensors", {})
+        vision.requires_grad_(False).eval()
+    return Loaded(config, bridge.eval(), vision)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the model's directory is not whole") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or no safetensors file: {error}") from None
+
+
+def check_names(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Refuse weights that do not fit, by name.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape.
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} is {list(state[name].shape)}, the configuration wants {list(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    wrong = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unexpected] + shapes
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"{source}: does not fit its configuration: {'; '.join(wrong[:5])}{more}")
+
+
+def _fill(module: nn.Module, path: Path, extra: Mapping[str, Tensor]) -> None:
+    """Give a module on the meta device its weights, in float32."""
+    state = {name: tensor.float() for name, tensor in (read_tensors(path) | dict(extra)).items()}
+    check_names(module, state, path)
+    module.load_state_dict(state, assign=True)

@@ -1,0 +1,73 @@
+"""Our own format: a directory with `config.json` and `bridge.safetensors`; `vision.safetensors` where the encoder is ours.
+
+Frozen parts that somebody else made are not in it: the configuration names them with the SHA-256 of their weights.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blip2.config import Blip2Config, write_config
+from blip2.errors import CheckpointError
+from blip2.model.bridge import Bridge
+
+FROZEN_WORDS = "qformer.words.weight"  # belongs to the frozen text part where the configuration says so
+
+
+def save(
+    directory: Path,
+    config: Blip2Config,
+    bridge: Bridge,
+    vision: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model; each file appears whole or not at all, the configuration last.
+
+    Args:
+        config: with the SHA-256 of each frozen part filled in.
+        vision: our own image encoder, None where a frozen part is named.
+        dtype: that weights are stored in, their own where None.
+    Raises:
+        CheckpointError: the directory cannot be written (a full disk, say); the files before are untouched.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(trained(bridge), directory / "bridge.safetensors", dtype)
+        if vision is not None:
+            _write(vision.state_dict(), directory / "vision.safetensors", dtype)
+        partial = directory / "config.json.partial"
+        write_config(config, partial)
+        partial.replace(directory / "config.json")
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: the model cannot be written: {error}; free some space or choose another"
+        ) from error
+
+
+def trained(bridge: Bridge) -> dict[str, Tensor]:
+    """The bridge's tensors by name, without what belongs to a frozen part."""
+    state = bridge.state_dict()
+    if bridge.config.qformer.frozen_words:
+        state.pop(FROZEN_WORDS, None)
+    return state
+
+
+def _write(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    """A safetensors file, moved into place once it is on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(
+            {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()},
+            partial,
+        )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except Exception as error:  # safetensors has its own error type for a failed write
+        partial.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error

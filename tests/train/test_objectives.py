@@ -1,0 +1,107 @@
+"""The losses against their equations, written out plainly."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blip2.config import Blip2Config, QFormerConfig, VisionConfig
+from blip2.model.bridge import Bridge
+from blip2.train.objectives import Batch, Stage1
+
+QFORMER = QFormerConfig(
+    width=16, layers=2, heads=2, mlp_width=32, queries=4, encoder_width=12, vocab_size=40, positions=16, decoder_id=39,
+    cls_id=1, sep_id=2, dropout=0.0,
+)  # fmt: skip
+CONFIG = Blip2Config(vision=VisionConfig(width=12), qformer=QFORMER, embedding_width=8)
+
+
+@pytest.fixture
+def bridge() -> Bridge:
+    torch.manual_seed(0)
+    return Bridge(CONFIG)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 39, (5, 7), generator=generator)
+    ids[:, 0] = 1
+    for row, length in enumerate((7, 4, 6, 3, 5)):
+        ids[row, length - 1] = 2
+        ids[row, length:] = 0
+    return Batch(torch.randn(5, 6, 12, generator=generator), torch.tensor([10, 11, 12, 13, 14]), ids)
+
+
+def test_itc_is_cross_entropy_over_the_best_query_both_ways(bridge: Bridge, batch: Batch):
+    loss = Stage1(bridge, weights={"itc": 1.0})(batch, seed=0)["itc"]
+
+    images, texts = bridge.image_vectors(bridge.look(batch.images).hidden), bridge.text_vectors(batch.ids)
+    scores = torch.stack([(image @ texts.T).max(0).values for image in images]) / 0.07
+    target = torch.arange(5)
+    expected = sum(F.cross_entropy(s, target, label_smoothing=0.1) for s in (scores, scores.T)) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_texts_of_one_image_share_the_target_and_are_no_negatives(bridge: Bridge, batch: Batch):
+    ids = torch.tensor([10, 10, 12, 13, 14])
+    objective = Stage1(bridge)
+    for seed in range(50):
+        drawn = objective._draw_negatives(torch.zeros(5, 5), ids, seed)
+        assert not (ids[drawn] == ids).any()
+    shared = Batch(batch.images, ids, batch.ids)
+    assert objective(shared, 0)["itc"] != objective(batch, 0)["itc"]
+
+
+def test_negatives_follow_the_softmax_of_the_similarity(bridge: Bridge):
+    similarity = torch.tensor([[9.0, 0.0, 1.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])
+    draws = torch.stack([Stage1(bridge)._draw_negatives(similarity, torch.arange(3), seed) for seed in range(2000)])
+
+    share = (draws[:, 0] == 2).float().mean()  # between text 1 and text 2: e^1 / (e^0 + e^1) = 0.731
+    assert abs(share - 0.731) < 0.04  # four standard deviations of 2,000 draws
+    assert not (draws == torch.arange(3)).any()
+
+
+def test_itg_predicts_each_token_after_decoder_start_and_padding_carries_no_loss(bridge: Bridge, batch: Batch):
+    loss = Stage1(bridge, weights={"itg": 1.0})(batch, seed=0)["itg"]
+
+    look = bridge.look(batch.images)
+    started = batch.ids.clone()
+    started[:, 0] = QFORMER.decoder_id
+    logits = F.linear(bridge.heads.words(bridge.qformer.write(look, started)), bridge.qformer.words.weight)
+    logits = (logits + bridge.heads.words.bias)[:, :-1]
+    labels = batch.ids[:, 1:].masked_fill(batch.ids[:, 1:] == 0, -100)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_smaller_vocabulary_is_a_softmax_over_its_words(bridge: Bridge, batch: Batch):
+    vocabulary = batch.ids[batch.ids != 0].unique()
+    with torch.no_grad():
+        outside = torch.ones(40, dtype=torch.bool)
+        outside[vocabulary] = False
+        small = Stage1(bridge, weights={"itg": 1.0}, smoothing=0.0, vocabulary=vocabulary)(batch, 0)["itg"]
+        bridge.heads.words.bias[outside] = -1e9
+        masked = Stage1(bridge, weights={"itg": 1.0}, smoothing=0.0)(batch, 0)["itg"]
+    torch.testing.assert_close(small, masked)
+
+
+def test_matching_learns_from_pairs_and_hard_negatives(bridge: Bridge, batch: Batch):
+    optimizer = torch.optim.AdamW(bridge.parameters(), lr=3e-3)
+    objective = Stage1(bridge, weights={"itc": 1.0, "itm": 1.0})
+    first = last = 0.0
+    for step in range(400):
+        losses = objective(batch, step)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        first, last = (losses["itm"].item(), last) if step == 0 else (first, losses["itm"].item())
+    assert first > 0.5
+    assert last < 0.3
+
+
+def test_weights_scale_losses_and_leave_out_what_is_zero(bridge: Bridge, batch: Batch):
+    whole = Stage1(bridge)(batch, 3)
+    part = Stage1(bridge, weights={"itc": 0.0, "itm": 0.5, "itg": 1.0})(batch, 3)
+    assert list(whole) == ["itc", "itm", "itg"]
+    assert list(part) == ["itm", "itg"]
+    torch.testing.assert_close(part["itm"], whole["itm"] / 2)

@@ -1,0 +1,122 @@
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from blip2 import weights
+from blip2.config import Blip2Config, PartConfig, QFormerConfig, VisionConfig
+from blip2.errors import CheckpointError, ConfigError
+from blip2.model.bridge import Bridge
+from blip2.model.vision import VisionTransformer
+from blip2.weights.bert import start_from_bert
+
+QFORMER = QFormerConfig(
+    width=16, layers=2, heads=2, mlp_width=32, queries=4, encoder_width=12, vocab_size=30, positions=8
+)
+VISION = VisionConfig(image_size=14, patch_size=7, width=12, layers=1, heads=2, mlp_width=8)
+CONFIG = Blip2Config(vision=VISION, qformer=QFORMER, embedding_width=8, language=PartConfig("lm", 20, "ab" * 32))
+
+
+def test_a_model_comes_back_as_it_was_saved(tmp_path):
+    bridge, vision = Bridge(CONFIG), VisionTransformer(VISION)
+    weights.save(tmp_path, CONFIG, bridge, vision)
+    back = weights.load(tmp_path)
+
+    assert back.config == CONFIG
+    torch.testing.assert_close(back.bridge.state_dict(), bridge.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(back.vision.state_dict(), vision.state_dict(), rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in back.vision.parameters())
+
+
+def test_words_of_a_frozen_part_are_not_saved_and_are_given_back(tmp_path):
+    config = CONFIG.replace(vision=PartConfig("e", 12), qformer=dataclasses.replace(QFORMER, frozen_words=True))
+    bridge = Bridge(config)
+    weights.save(tmp_path, config, bridge, dtype=torch.float16)
+
+    stored = load_file(tmp_path / "bridge.safetensors")
+    assert "qformer.words.weight" not in stored
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    back = weights.load(tmp_path, words=bridge.qformer.words.weight).bridge
+    assert not back.qformer.words.weight.requires_grad
+    assert back.qformer.query_tokens.dtype == torch.float32
+    with pytest.raises(CheckpointError, match=r"missing qformer\.words\.weight"):
+        weights.load(tmp_path)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
+    path = tmp_path / "bridge.safetensors"
+    whole = load_file(path)
+    cases = {
+        "missing qformer.query_tokens": {k: v for k, v in whole.items() if k != "qformer.query_tokens"},
+        "unexpected stranger": whole | {"stranger": torch.zeros(1)},
+        r"heads.itm_head.weight is \[3, 16\], the configuration wants \[2, 16\]": whole
+        | {"heads.itm_head.weight": torch.zeros(3, 16)},
+    }
+    for message, state in cases.items():
+        save_file(state, path)
+        with pytest.raises(CheckpointError, match=message):
+            weights.load(tmp_path)
+
+
+def test_a_damaged_file_a_missing_one_and_a_newer_format_are_errors_that_name_them(tmp_path):
+    with pytest.raises(CheckpointError, match="no model here"):
+        weights.load(tmp_path)
+    weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99 is newer"):
+        weights.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"qformer": config["qformer"] | {"widht": 3}}))
+    with pytest.raises(ConfigError, match=r"qformer\.widht"):
+        weights.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "bridge.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"bridge\.safetensors: damaged"):
+        weights.load(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"bridge\.safetensors: missing"):
+        weights.load(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_model_whole(tmp_path, monkeypatch):
+    bridge = Bridge(CONFIG)
+    weights.save(tmp_path, CONFIG, bridge, VisionTransformer(VISION))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["blip2.weights.save"], "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
+    torch.testing.assert_close(weights.load(tmp_path).bridge.state_dict(), bridge.state_dict(), rtol=0, atol=0)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_qformer_started_from_bert_reads_text_as_bert_does():
+    bert = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=8,
+        )
+    ).eval()  # fmt: skip
+    bridge = Bridge(CONFIG).eval()
+    start_from_bert(bridge.qformer, bert.state_dict())
+    ids = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0]])
+
+    expected = bert(ids, attention_mask=(ids != 0).long()).last_hidden_state
+
+    torch.testing.assert_close(bridge.qformer.read(ids)[ids != 0], expected[ids != 0], atol=1e-5, rtol=1e-5)
+    layer = bridge.qformer.layers[0]
+    torch.testing.assert_close(layer.query_feed_forward.up.weight, layer.text_feed_forward.up.weight)
+
+
+def test_a_bert_of_another_shape_is_refused_by_name():
+    bridge = Bridge(CONFIG)
+    with pytest.raises(CheckpointError, match=r"has no embeddings\.LayerNorm\.weight"):
+        start_from_bert(bridge.qformer, {})
