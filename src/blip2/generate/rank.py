@@ -1,0 +1,52 @@
+"""Given answers, ranked by how likely the language model finds each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blip2.errors import PromptError
+from blip2.protocols import LanguageModel
+
+PADDING = -100
+
+
+@torch.no_grad()
+def rank(
+    language: LanguageModel,
+    prefix: Tensor,
+    lengths: Tensor,
+    choices: Sequence[Sequence[int]],
+    *,
+    per_token: bool = False,
+    batch: int = 64,
+) -> Tensor:
+    """Log-likelihood of each choice after each prefix.
+
+    Args:
+        prefix: float[B, S, D], right-padded.
+        lengths: int64[B].
+        choices: C token sequences; end each with a stop token to score the whole answer and not its beginning.
+        per_token: the mean over a choice's tokens, which does not favour short ones, instead of the sum.
+        batch: how many pairs of prefix and choice the model reads at a time.
+    Returns:
+        float32[B, C].
+    Raises:
+        PromptError: there is no choice, or one is empty.
+    """
+    if not choices or not all(choices):
+        raise PromptError("a choice is empty: give at least one choice, and each of them at least one word")
+    device = prefix.device
+    longest = max(len(choice) for choice in choices)
+    padded = [[*choice, *[PADDING] * (longest - len(choice))] for choice in choices]
+    targets = torch.tensor(padded, device=device)  # (C, T)
+    rows = torch.arange(len(prefix), device=device).repeat_interleave(len(choices))
+    which = torch.arange(len(choices), device=device).repeat(len(prefix))
+    found = [
+        language.log_probs(prefix[some_rows], lengths[some_rows], targets[some]).sum(1)
+        for some_rows, some in zip(rows.split(batch), which.split(batch), strict=True)
+    ]
+    scores = torch.cat(found).view(len(prefix), len(choices))
+    return scores / (targets != PADDING).sum(1) if per_token else scores
