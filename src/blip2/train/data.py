@@ -1,0 +1,370 @@
+"""What each step reads: a pure function of seed and step, so that a run resumed anywhere goes on as if never stopped.
+
+Letters: B rows of this rank, T text positions, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from blip2 import image
+from blip2.config import PromptConfig
+from blip2.errors import DataError, ImageError
+from blip2.text import Tokenizer, pad
+from blip2.train.objectives import Batch
+from blip2.train.sources import ImageRef, Prototype, Sample
+
+Images = Callable[[Sequence[int], Sequence[int]], Tensor]
+"""Rows of one source and a view of each, to float[B, P, D] patches or float[B, 3, H, W] pixels."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One row of a batch.
+
+    Attributes:
+        source, sample: positions in the mixture.
+        caption: position among the sample's captions; None where it has none.
+        question: position among its questions where this row asks one, else None.
+        view: 0 for the plain picture, from 1 on the augmented ones.
+    """
+
+    source: int
+    sample: int
+    caption: int | None
+    question: int | None
+    view: int
+
+
+class Mixture:
+    """Several sources in fixed shares of every batch; within a source each sample comes once an epoch.
+
+    No sample comes twice in a batch unless its source is smaller than its share. The captions of a sample follow
+    each other from epoch to epoch.
+
+    Args:
+        sources: samples and weight of each; weights are shares of the batch, in any unit.
+        questions: share of the draws of samples with questions that ask one; a sample without captions always does.
+        views: how many views of a picture there are, drawn evenly; prototypes have one.
+    Raises:
+        DataError: no source, an empty one, or a weight, share or number of views out of range.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Sequence[Sample], float]],
+        seed: int,
+        *,
+        questions: float = 0.0,
+        views: int = 1,
+    ) -> None:
+        if not sources:
+            raise DataError("a mixture needs at least one source")
+        for number, (samples, weight) in enumerate(sources):
+            if not samples:
+                raise DataError(f"source {number} of the mixture has no samples")
+            if not weight > 0:
+                raise DataError(f"source {number} of the mixture: its weight must be above 0, not {weight}")
+        if not 0 <= questions <= 1:
+            raise DataError(f"the share of questions must lie between 0 and 1, not {questions}")
+        if views < 1:
+            raise DataError(f"there must be at least one view, not {views}")
+        self.sources = [samples for samples, _ in sources]
+        self.seed = seed
+        self.questions = questions
+        self.views = views
+        shares = [Fraction(str(weight)) for _, weight in sources]
+        self._of_rest = [share / sum(shares[number:]) for number, share in enumerate(shares)]
+        self._orders: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}  # the last epoch used, and its order
+
+    def draw(self, step: int, batch_size: int) -> list[Draw]:
+        """The rows of a step, in an order that mixes the sources.
+
+        Depends on nothing but the seed, the sources and the arguments; `batch_size` must stay the same over a run.
+        """
+        starts, stops = self._drawn(step * batch_size), self._drawn((step + 1) * batch_size)
+        draws: list[Draw] = []
+        for source, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            most = self._most(source, batch_size)
+            draws += [self._one(source, position, most) for position in range(start, stop)]
+        order = _permutation(len(draws), self.seed, "batch", step)
+        return [draws[row] for row in order]
+
+    def _drawn(self, rows: int) -> list[int]:
+        """How many of the first `rows` rows of a run come from each source."""
+        counts: list[int] = []
+        for share in self._of_rest:
+            counts.append(int(rows * share))  # of what the sources before left: never falls as rows grow
+            rows -= counts[-1]
+        return counts
+
+    def _most(self, source: int, batch_size: int) -> int:
+        """The most rows that a batch can have of a source: its share, and what rounding adds for each before it."""
+        share = self._of_rest[source]
+        for earlier in self._of_rest[:source]:
+            share *= 1 - earlier
+        return min(batch_size, int(batch_size * share) + 1 + source, len(self.sources[source]))
+
+    def _one(self, source: int, position: int, most: int) -> Draw:
+        samples = self.sources[source]
+        epoch, place = divmod(position, len(samples))
+        index = int(self._order(source, epoch, most)[place])
+        sample = samples[index]
+        start = _number(self.seed, source, index)
+        asks = sample.questions and (
+            not sample.captions or _share(self.seed, source, index, epoch, "asks") < self.questions
+        )
+        return Draw(
+            source=source,
+            sample=index,
+            caption=(start + epoch) % len(sample.captions) if sample.captions else None,
+            question=_number(self.seed, source, index, epoch, "question") % len(sample.questions) if asks else None,
+            view=0
+            if isinstance(sample.image, Prototype)
+            else _number(self.seed, source, index, epoch, "view") % self.views,
+        )
+
+    def _order(self, source: int, epoch: int, most: int) -> NDArray[np.int64]:
+        """The order of an epoch: whatever stands in the last rows of the one before does not stand in the first."""
+        size = len(self.sources[source])
+        reached, order = self._orders.get((source, most), (epoch + 1, np.empty(0, dtype=np.int64)))
+        if reached > epoch:  # each order hangs on the one before, back to the first
+            reached, order = 0, _permutation(size, self.seed, "order", source, 0)
+        for later in range(reached + 1, epoch + 1):
+            order = _apart(order, _permutation(size, self.seed, "order", source, later), most)
+        self._orders[source, most] = epoch, order
+        return order
+
+
+def _apart(before: NDArray[np.int64], order: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """`order`, changed as little as keeps any `window` neighbours of both orders in a row distinct."""
+    recent = before[len(before) - window + 1 :].tolist()
+    waiting: list[int] = order.tolist()
+    head: list[int] = []
+    while recent:
+        blocked = set(recent)
+        place = next(place for place, item in enumerate(waiting) if item not in blocked)
+        head.append(waiting.pop(place))
+        recent.pop(0)
+    return np.array(head + waiting, dtype=np.int64)
+
+
+def _number(*key: object) -> int:
+    """63 bits that depend on the key alone, the same on every machine and in every release of Python and numpy."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _share(*key: object) -> float:
+    return _number(*key) / 2**63
+
+
+def _permutation(size: int, *key: object) -> NDArray[np.int64]:
+    return np.argsort(np.random.Philox(key=_number(*key)).random_raw(size), kind="stable")
+
+
+def clean_caption(text: str) -> str:
+    """Lower case, single spaces, none before punctuation, no final dot: `A dog runs .` is `a dog runs`."""
+    text = re.sub(r"\s+", " ", text.lower()).strip()
+    text = re.sub(r" +([.,;:!?'])", r"\1", text)
+    return re.sub(r"[\s.]+$", "", text) or text
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How captions and questions become ids.
+
+    Attributes:
+        qformer: tokenizer of the Q-Former's text (stage 1); None where nothing reads it.
+        language: tokenizer of the language model (stage 2); None in stage 1.
+        prefix_lm: a caption is cut at random, its first words join the prompt: for encoder-decoders.
+        max_length: most ids of a Q-Former text; and of a target.
+    """
+
+    qformer: Tokenizer | None = None
+    language: Tokenizer | None = None
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    clean: bool = True
+    prefix_lm: bool = False
+    max_length: int = 32
+
+    def __post_init__(self) -> None:
+        if self.qformer is None and self.language is None:
+            raise DataError("texts need the Q-Former's tokenizer (stage 1), the language model's (stage 2), or both")
+
+    def caption(self, text: str) -> str:
+        """A caption as training sees it."""
+        return clean_caption(text) if self.clean else text
+
+    def pair(self, sample: Sample, draw: Draw, key: tuple[object, ...]) -> tuple[str, str]:
+        """Prompt and target of a row for the language model; `key` decides where a caption is cut."""
+        if draw.question is not None:
+            question, answer = sample.questions[draw.question]
+            return self.prompts.question.format(question), answer
+        assert draw.caption is not None
+        prompt, words = self.prompts.caption, self.caption(sample.captions[draw.caption]).split(" ")
+        if self.prefix_lm and len(words) > 1:
+            cut = 1 + _number(*key) % (len(words) // 2)
+            prompt = f"{prompt} {' '.join(words[:cut])}".lstrip()
+            words = words[cut:]
+        return prompt, " ".join(words)
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> tuple[tuple[tuple[int, ...], ...], Tensor]:
+        """Prompts, and targets int64[B, T] that end with the stop id, right-padded with -100.
+
+        Prompt and target are tokenized as one text, so that the seam is where the language model itself would put it.
+        """
+        assert self.language is not None
+        prompts = self.language.encode([prompt for prompt, _ in pairs])
+        whole = self.language.encode([f"{prompt} {target}" if prompt else target for prompt, target in pairs])
+        alone = self.language.encode([f" {target}" if prompt else target for prompt, target in pairs])
+        rows = [
+            full[len(prompt) :] if full[: len(prompt)] == prompt else target
+            for prompt, full, target in zip(prompts, whole, alone, strict=True)
+        ]
+        stop = self.language.stop_ids[0]
+        targets = pad([[*row, stop][: self.max_length] for row in rows], -100)
+        return tuple(tuple(prompt) for prompt in prompts), targets
+
+
+class Batches(Dataset[Batch]):
+    """`batches[step]` is this rank's rows of a step: for `DataLoader(batches, batch_size=None, sampler=range(...))`.
+
+    Args:
+        images: one for each source of the mixture, such as `FeatureCache.patches` or `Pixels`.
+        batch_size: rows of all ranks together; ranks hold consecutive parts of it.
+    Raises:
+        DataError: the batch cannot be shared evenly, or a source has no captions where stage 1 needs them.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        images: Sequence[Images],
+        texts: Texts,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if len(images) != len(mixture.sources):
+            raise DataError(f"{len(mixture.sources)} sources, but images for {len(images)}")
+        if batch_size < 1 or batch_size % world:
+            raise DataError(f"a batch of {batch_size} cannot be shared by {world} ranks; choose a multiple of {world}")
+        if texts.qformer is not None:
+            for sample in (sample for samples in mixture.sources for sample in samples):
+                if not sample.captions:
+                    raise DataError(f"{sample.id!r} has no caption; stage 1 needs one for every picture")
+        self.mixture = mixture
+        self.images = images
+        self.texts = texts
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+
+    def __getitem__(self, step: int) -> Batch:
+        own = slice(self.rank * self.batch_size // self.world, (self.rank + 1) * self.batch_size // self.world)
+        everyone = self.mixture.draw(step, self.batch_size)
+        samples = [self.mixture.sources[draw.source][draw.sample] for draw in everyone]
+        captions = [
+            "" if draw.caption is None else self.texts.caption(sample.captions[draw.caption])
+            for sample, draw in zip(samples, everyone, strict=True)
+        ]
+        image_ids = torch.tensor(_same([sample.image for sample in samples], captions)[own], dtype=torch.int64)
+        images = self._pictures(everyone[own])
+        ids = torch.empty(len(image_ids), 0, dtype=torch.int64)
+        if self.texts.qformer is not None:
+            ids = self.texts.qformer.batch(captions[own], self.texts.max_length)
+        if self.texts.language is None:
+            return Batch(images=images, image_ids=image_ids, ids=ids)
+        pairs = [
+            self.texts.pair(sample, draw, (self.mixture.seed, "cut", step, row))
+            for row, (sample, draw) in enumerate(zip(samples, everyone, strict=True))
+        ]
+        prompts, targets = self.texts.tokenize(pairs[own])
+        return Batch(images=images, image_ids=image_ids, ids=ids, prompts=prompts, targets=targets)
+
+    def _pictures(self, draws: Sequence[Draw]) -> Tensor:
+        """Images of the rows, float32, each source asked once."""
+        images: Tensor | None = None
+        for source in sorted({draw.source for draw in draws}):
+            rows = [row for row, draw in enumerate(draws) if draw.source == source]
+            part = self.images[source]([draws[row].sample for row in rows], [draws[row].view for row in rows]).float()
+            if images is None:
+                images = part.new_empty(len(draws), *part.shape[1:])
+            if part.shape[1:] != images.shape[1:]:
+                shapes = f"{tuple(images.shape[1:])} and {tuple(part.shape[1:])}"
+                raise DataError(f"sources of one batch must have images of one shape, not {shapes}")
+            images[rows] = part
+        assert images is not None
+        return images
+
+
+def _same(images: Sequence[object], captions: Sequence[str]) -> list[int]:
+    """A number for each row; rows of one picture or one caption share it, for they are no negatives of each other."""
+    first: dict[object, int] = {}
+    numbers: list[int] = []
+    for row, (picture, caption) in enumerate(zip(images, captions, strict=True)):
+        keys = [picture, caption] if caption else [picture]
+        known = {numbers[first[key]] for key in keys if key in first}
+        numbers.append(min(known, default=row))
+        numbers = [numbers[row] if number in known else number for number in numbers]
+        for key in keys:
+            first.setdefault(key, row)
+    return numbers
+
+
+class Pixels:
+    """Pictures opened when they are needed, for training with an encoder that sees each one anew.
+
+    Args:
+        transform: RGB pictures to float[B, 3, H, W], such as `image.Transform`.
+        augment: a picture and a seed to float[3, H, W], such as `image.RandomView`; for views from 1 on.
+    Raises:
+        DataError: a sample has no picture (a class prototype).
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: Callable[[Sequence[Any]], Tensor],
+        augment: Callable[[Any, int], Tensor] | None = None,
+    ) -> None:
+        self.refs: list[ImageRef] = []
+        for sample in samples:
+            if isinstance(sample.image, Prototype):
+                raise DataError(f"{sample.id!r} is a class prototype, without a picture: it needs cached features")
+            self.refs.append(sample.image)
+        self.ids = [sample.id for sample in samples]
+        self.transform = transform
+        self.augment = augment
+
+    def __call__(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
+        """float[B, 3, H, W]."""
+        return torch.stack([self.view(row, view) for row, view in zip(rows, views, strict=True)])
+
+    def view(self, row: int, view: int) -> Tensor:
+        """One view of a picture, float[3, H, W].
+
+        Raises:
+            DataError: the picture cannot be opened.
+        """
+        try:
+            picture = image.open(self.refs[row].read())
+        except ImageError as error:
+            raise DataError(f"{self.refs[row]} (sample {self.ids[row]!r}): {error}") from None
+        if view == 0:
+            return self.transform([picture])[0]
+        if self.augment is None:
+            raise DataError(f"view {view} is asked for, but no augmentation is given")
+        return self.augment(picture, _number("view", self.ids[row], view))
