@@ -72,3 +72,26 @@ class Generation:
     log_probs: tuple[float, ...]
     score: float
     finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Given answers, by how likely the model finds each.
+
+    Attributes:
+        choices: as they were given.
+        log_probs: summed log-probability of each choice's tokens.
+    """
+
+    choices: tuple[str, ...]
+    log_probs: tuple[float, ...]
+
+    @property
+    def best(self) -> str:
+        """The likeliest choice; the first of equals."""
+        return self.choices[max(range(len(self.choices)), key=lambda index: self.log_probs[index])]
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Of each choice, given that one of them is the answer."""
+        return tuple(torch.tensor(self.log_probs).softmax(0).tolist())

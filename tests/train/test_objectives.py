@@ -105,3 +105,15 @@ def test_weights_scale_losses_and_leave_out_what_is_zero(bridge: Bridge, batch: 
     assert list(whole) == ["itc", "itm", "itg"]
     assert list(part) == ["itm", "itg"]
     torch.testing.assert_close(part["itm"], whole["itm"] / 2)
+
+
+def test_a_share_of_the_rows_is_what_a_smaller_batch_of_them_gives(bridge: Bridge, batch: Batch):
+    part = Stage1(bridge, weights={"itg": 1.0}, itg_share=0.6)(batch, 0)["itg"]
+    first = Stage1(bridge, weights={"itg": 1.0})(Batch(batch.images[:3], batch.image_ids[:3], batch.ids[:3]), 0)["itg"]
+    torch.testing.assert_close(part, first)
+
+    objective, calls = Stage1(bridge, weights={"itm": 1.0}, itm_share=0.4), []
+    matched = bridge.match
+    bridge.match = lambda patches, ids: calls.append(len(ids)) or matched(patches, ids)
+    objective(batch, 0)
+    assert calls == [3 * 2]

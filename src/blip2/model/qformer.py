@@ -36,6 +36,11 @@ class Look:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
+    def rows(self, count: int) -> Look:
+        """The first `count` rows."""
+        keys, values = ([part[:count] for part in parts] for parts in (self.keys, self.values))
+        return Look(self.hidden[:count], tuple(keys), tuple(values))
+
 
 class QFormer(nn.Module):
     """BERT with learned queries, cross-attention to an image and a second feed-forward for the queries."""

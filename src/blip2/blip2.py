@@ -1,0 +1,337 @@
+"""`Blip2`: the parts put together, and the verbs. No loop over tokens here; each verb starts from `ImageFeatures`.
+
+Letters: N images, M texts, P patches, Q queries, D width, E image-text space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from blip2 import generate, image
+from blip2.chat import Chat
+from blip2.config import Blip2Config
+from blip2.decoding import Decoding, Options
+from blip2.errors import ConfigError, PromptError
+from blip2.generate import Tokens
+from blip2.model import prefix
+from blip2.model.bridge import Bridge
+from blip2.protocols import ImageEncoder, LanguageModel
+from blip2.results import Generation, ImageFeatures, Matches, Ranking
+from blip2.text import Tokenizer
+
+TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
+BEAMS = 5  # as published, for captions and answers
+PAIRS = 64  # image-text pairs in one pass of the matching head
+
+Images = image.Source | Sequence[image.Source] | ImageFeatures
+"""One image or many: whatever `image.open` takes, or a list of it, or what `encode` gave."""
+
+
+@dataclass(frozen=True)
+class Blip2:
+    """A BLIP-2 model: a frozen image encoder, the trained bridge and, where it writes, a frozen language model.
+
+    Attributes:
+        tokenizer: the language model's; None without one.
+        text_tokenizer: the Q-Former's; None where the bridge has no text side.
+        dtype: of the frozen parts.
+        identity: what distinguishes this model's features from another's, for indexes and caches.
+    """
+
+    config: Blip2Config
+    encoder: ImageEncoder
+    bridge: Bridge
+    language: LanguageModel | None
+    tokenizer: Tokenizer | None
+    text_tokenizer: Tokenizer | None
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    identity: str = ""
+
+    # -- images ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(self, images: Images, batch_size: int = 16) -> ImageFeatures:
+        """Encode images once, for any number of captions, questions, matches and searches.
+
+        Args:
+            images: one image or a list: path, bytes, PIL image, numpy array, tensor; or features, given back as is.
+        Raises:
+            ImageError: an image cannot be read; the message names it.
+        """
+        if isinstance(images, ImageFeatures):
+            return images
+        items = cast("Sequence[image.Source]", images if _is_list(images) else [images])
+        if not items:
+            raise ConfigError("no image was given")
+        transform = image.Transform(self.encoder.image_size, self.encoder.mean, self.encoder.std)
+        parts: list[ImageFeatures] = []
+        for start in range(0, len(items), batch_size):
+            pixels = transform([image.open(item) for item in items[start : start + batch_size]])
+            parts.append(self._features(pixels))
+        return ImageFeatures.concatenate(parts)
+
+    def embed_images(self, images: Images) -> Tensor:
+        """Images in the image-text space: float32[N, Q, E], unit length."""
+        features = self.encode(images)
+        if not features.vectors.shape[-1]:
+            raise ConfigError("this model has no matching heads: it writes, but does not match or embed")
+        return features.vectors
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: str | Sequence[str], batch_size: int = 128) -> Tensor:
+        """Texts in the image-text space: float32[M, E], unit length; the cosine with an image is its best query's."""
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        ids = [self._text_ids(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        return torch.cat([self.bridge.text_vectors(part) for part in ids])
+
+    # -- text about images ---------------------------------------------------------------------------------------
+
+    def caption(
+        self,
+        images: Images,
+        prompt: str | None = None,
+        *,
+        stream: bool = False,
+        details: bool = False,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Describe images.
+
+        Args:
+            images: one image or a list, or `ImageFeatures` (a list).
+            prompt: what the caption starts from; the model's own where None.
+            stream: give an iterator of text pieces of one image, greedy or drawn.
+            details: give `Generation`s with tokens and log-probabilities instead of `str`s.
+            options: how the text is chosen, see `Decoding`; five beams by default, one for a stream.
+        Returns:
+            A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each.
+        """
+        words = self.config.prompts.caption if prompt is None else prompt
+        single = not _is_list(images)
+        features = self.encode(images)
+        if stream:
+            return self._stream(features, words, Decoding.of(options))
+        decoding = Decoding.of(options, num_beams=BEAMS)
+        found = self.write(features, [words] * len(features), decoding)
+        return _unwrap(_present(found, details, decoding), single)
+
+    def ask(
+        self,
+        images: Images,
+        questions: str | Sequence[str],
+        *,
+        choices: Sequence[str] | None = None,
+        stream: bool = False,
+        details: bool = False,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Answer questions about images.
+
+        Args:
+            images: one image and any questions, or as many images as questions, or many images and one question.
+            choices: give the one of these that is the likeliest answer.
+            stream, details, options: as in `caption`; with choices, `details` gives a `Ranking`.
+        Returns:
+            An answer, or a list where images or questions are a list.
+        Raises:
+            PromptError: a question is empty, or lists of different lengths are given.
+        """
+        single = isinstance(questions, str) and not _is_list(images)
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        features = self.encode(images)
+        features, asked = _pair(features, asked)
+        prompts = [self.config.prompts.question.format(_sentence(question)) for question in asked]
+        if choices is not None:
+            ranked = self._rank(features, prompts, choices)
+            return _unwrap(ranked if details else [ranking.best for ranking in ranked], single)
+        if stream:
+            return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10))
+        decoding = Decoding.of(options, num_beams=BEAMS, max_new_tokens=10)
+        return _unwrap(_present(self.write(features, prompts, decoding), details, decoding), single)
+
+    def chat(self, image: Images) -> Chat:
+        """A conversation about one image, which is encoded once."""
+        return Chat(self, self.encode(image)[0])
+
+    @torch.inference_mode()
+    def match(self, images: Images, texts: str | Sequence[str]) -> Matches:
+        """How well each image and each text fit: probabilities float32[N, M] (ITM) and cosines float32[N, M] (ITC)."""
+        features = self.encode(images)
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        ids = self._text_ids(rows)  # (M, T)
+        itc = torch.einsum("nqe,me->nmq", self.embed_images(features), self.bridge.text_vectors(ids)).amax(-1)
+        pairs = torch.cartesian_prod(torch.arange(len(features)), torch.arange(len(rows))).reshape(-1, 2)
+        itm = torch.cat([self.match_logits(features, ids, part) for part in pairs.split(PAIRS)]).softmax(-1)[:, 1]
+        return Matches(itm.view(len(features), len(rows)), itc)
+
+    @torch.inference_mode()
+    def match_logits(self, features: ImageFeatures, ids: Tensor, pairs: Tensor) -> Tensor:
+        """Matching head on chosen pairs.
+
+        Args:
+            ids: int64[M, T], Q-Former tokens.
+            pairs: int64[K, 2], (image, text) indices.
+        Returns:
+            float32[K, 2], logits of (no match, match).
+        """
+        patches = features.patches[pairs[:, 0].to(features.patches.device)]
+        return self.bridge.match(patches.float(), ids[pairs[:, 1].to(ids.device)])
+
+    # -- within ----------------------------------------------------------------------------------------------------
+
+    def _features(self, pixels: Tensor) -> ImageFeatures:
+        patches = self.encoder(pixels.to(self.device, self.dtype)).float()  # (N, P, Dv)
+        hidden = self.bridge.look(patches).hidden  # (N, Q, D)
+        vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0]
+        return ImageFeatures(patches, hidden, vectors)
+
+    def _text_ids(self, texts: Sequence[str]) -> Tensor:
+        if self.text_tokenizer is None:
+            raise ConfigError("this model has no text side: it writes, but does not match or embed")
+        if not texts or not all(text.strip() for text in texts):
+            raise PromptError("an empty text cannot be matched or embedded")
+        return self.text_tokenizer.batch(texts, TEXT_LENGTH).to(self.device)
+
+    def writer(self) -> tuple[LanguageModel, Tokenizer]:
+        """The language model and its tokenizer.
+
+        Raises:
+            ConfigError: this model has none.
+        """
+        if self.language is None or self.tokenizer is None:
+            raise ConfigError("this model has no language model: it matches and embeds, but does not write")
+        return self.language, self.tokenizer
+
+    def _prefix(self, features: ImageFeatures, prompts: Sequence[str], room: int) -> tuple[Tensor, Tensor]:
+        """Prefix embeddings and lengths, with room for so many new tokens."""
+        language, tokenizer = self.writer()
+        ids = tokenizer.encode(prompts)
+        longest = features.queries.shape[1] + 1 + max(map(len, ids)) + room
+        if longest > language.context:
+            raise PromptError(
+                f"image, prompt and answer need {longest} positions, the language model has {language.context}: "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        visual = self.bridge.project(features.queries.to(self.device))  # (N, Q, Dl)
+        return prefix.build(language, visual, ids, tokenizer.bos, self.config.prompts.visual)
+
+    @torch.inference_mode()
+    def write(self, features: ImageFeatures, prompts: Sequence[str], decoding: Decoding) -> list[list[Generation]]:
+        """Texts after one prompt an image, in the words that the language model is given: what the verbs stand on.
+
+        Returns:
+            `decoding.num_captions` texts for each image, best first.
+        Raises:
+            PromptError: prompt and text do not fit the language model's context.
+        """
+        language, tokenizer = self.writer()
+        embeds, lengths = self._prefix(features, prompts, decoding.max_new_tokens)
+        rows = generate.generate(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
+        return [[_generation(tokens, tokenizer) for tokens in row] for row in rows]
+
+    def _stream(self, features: ImageFeatures, prompt: str, decoding: Decoding) -> Iterator[str]:
+        if len(features) != 1:
+            raise ConfigError(f"a stream is of one image, not of {len(features)}")
+        language, tokenizer = self.writer()
+        with torch.inference_mode():
+            embeds, lengths = self._prefix(features, [prompt], decoding.max_new_tokens)
+            steps = generate.stream(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
+        return generate.pieces((ids[0] for ids in steps if ids[0] is not None), tokenizer.decode)
+
+    @torch.inference_mode()
+    def _rank(self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str]) -> list[Ranking]:
+        if len(choices) < 2 or not all(choice.strip() for choice in choices):
+            raise PromptError("give at least two choices, none of them empty")
+        language, tokenizer = self.writer()
+        ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
+        ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"
+        embeds, lengths = self._prefix(features, prompts, max(map(len, ids)))
+        scores = generate.rank(language, embeds, lengths, ids)  # (N, C)
+        return [Ranking(tuple(choices), tuple(row)) for row in scores.tolist()]
+
+
+def _is_list(images: Images) -> bool:
+    """Whether a verb was given many images: a list, a tuple, features, or a stacked array."""
+    if isinstance(images, list | tuple | ImageFeatures):
+        return True
+    return getattr(images, "ndim", 0) == 4
+
+
+def _pair(features: ImageFeatures, questions: list[str]) -> tuple[ImageFeatures, list[str]]:
+    """One image with each question, one question with each image, or one to one."""
+    if not questions:
+        raise PromptError("no question was given")
+    if len(features) == len(questions):
+        return features, questions
+    if len(features) == 1:
+        return features[[0] * len(questions)], questions
+    if len(questions) == 1:
+        return features, questions * len(features)
+    raise PromptError(f"{len(features)} images and {len(questions)} questions: give one of either, or as many of both")
+
+
+def _sentence(question: str) -> str:
+    if not question.strip():
+        raise PromptError("the question is empty")
+    return question.strip()
+
+
+def _generation(tokens: Tokens, tokenizer: Tokenizer) -> Generation:
+    text = tokenizer.decode(tokens.ids).strip()
+    return Generation(text, tokens.ids, tokens.log_probs, tokens.score, tokens.finish)
+
+
+def _present(rows: list[list[Generation]], details: bool, decoding: Decoding) -> list[Any]:
+    """Rows of texts, or of `Generation`s; without their inner list where one text an image was asked for."""
+    shown: list[list[Any]] = [[found if details else found.text for found in row] for row in rows]
+    return shown if decoding.num_captions > 1 else [row[0] for row in shown]
+
+
+def _unwrap(rows: list[Any], single: bool) -> Any:
+    return rows[0] if single else rows
+
+
+def load(name: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Blip2:
+    """A model, ready for its verbs.
+
+    Args:
+        name: nothing for `mini`, which comes with the package, or the directory of a model that blip2 saved.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
+            The bridge computes in float32.
+    Raises:
+        CheckpointError: no such model, or it is damaged.
+        MissingExtraError: its frozen parts are not installed.
+    """
+    from blip2.weights.assemble import assemble
+
+    directory = Path(__file__).parent / "mini" if name in (None, "mini") else Path(str(name))
+    return assemble(directory, _device(device), _dtype(dtype, _device(device)))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is none; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: this torch sees no CUDA device; use device='cpu'")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in dtypes:
+        raise ConfigError(f"dtype {name!r} is none; use auto, {', '.join(dtypes)}")
+    return dtypes[name]

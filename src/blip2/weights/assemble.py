@@ -1,0 +1,63 @@
+"""Put a whole model together: what a directory holds, and the frozen parts that its configuration names."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from blip2 import adapters
+from blip2.blip2 import Blip2
+from blip2.config import LanguageConfig, PartConfig, read_config
+from blip2.errors import CheckpointError
+from blip2.protocols import ImageEncoder
+from blip2.weights.load import load
+
+
+def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
+    """A model from a directory in our own format.
+
+    Args:
+        dtype: of the frozen parts.
+    Raises:
+        CheckpointError, ConfigError, MissingExtraError: see `blip2.load`.
+    """
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: no model here; give a directory that blip2 saved, or nothing for `mini`")
+    config = read_config(directory / "config.json")
+    text = adapters.text_part(config.text) if config.text else None
+    loaded = load(directory, text.words if text else None)
+    encoder: Any = loaded.vision
+    if isinstance(config.vision, PartConfig):
+        encoder = adapters.image_encoder(config.vision)
+    language, tokenizer = None, None
+    if isinstance(config.language, LanguageConfig):
+        raise CheckpointError(f"{directory}: language model {config.language.kind} is not read from this format yet")
+    if config.language is not None:
+        language, tokenizer = adapters.language_model(config.language)
+    for part in (encoder, language):
+        if isinstance(part, nn.Module):
+            part.to(device, dtype)
+    return Blip2(
+        config,
+        cast("ImageEncoder", encoder),
+        loaded.bridge.to(device),
+        language,
+        tokenizer,
+        text.tokenizer if text else None,
+        device,
+        dtype,
+        identity=_identity(directory),
+    )
+
+
+def _identity(directory: Path) -> str:
+    """SHA-256 over everything that the directory holds of the model."""
+    digest = hashlib.sha256()
+    for path in [*sorted(directory.glob("*.safetensors")), directory / "config.json"]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
