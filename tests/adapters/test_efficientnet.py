@@ -1,0 +1,141 @@
+"""The real encoder of the extra `mini`, on pixels made here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip2 import adapters
+from blip2.adapters.efficientnet import SURE, EfficientNetLite, class_names, load
+from blip2.adapters.parts import require
+from blip2.config import PartConfig
+from blip2.errors import ConfigError, ImageError
+from blip2.protocols import ImageEncoder
+
+PART = PartConfig("efficientnet-lite2", width=1280)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> EfficientNetLite:
+    return adapters.image_encoder(PART)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    """Three smooth pictures: noise has no likely class."""
+    coarse = torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return F.interpolate(coarse, size=260, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def test_it_is_an_image_encoder_with_the_tokens_it_promises(encoder: EfficientNetLite, pixels: Tensor) -> None:
+    assert isinstance(encoder, ImageEncoder)
+    patches = encoder(pixels)
+    assert patches.shape == (3, encoder.tokens, encoder.width) == (3, 31, 1280)
+    assert patches.dtype == torch.float32
+    assert not patches.requires_grad
+
+
+def test_its_normalisation_is_the_one_it_was_trained_with(encoder: EfficientNetLite) -> None:
+    values = torch.arange(256, dtype=torch.float64)
+    ours = (values / 255 - encoder.mean[0]) / encoder.std[0]
+    torch.testing.assert_close(ours, (values - 127) / 128, rtol=0, atol=1e-15)
+    assert len({*encoder.mean}) == len({*encoder.std}) == 1
+
+
+def test_the_folded_network_computes_what_the_package_does(encoder: EfficientNetLite, pixels: Tensor) -> None:
+    original = require("efficientnet_lite_pytorch", "the test").EfficientNet.from_name("efficientnet-lite2").eval()
+    (path,) = adapters.efficientnet.weights()
+    original.load_state_dict(torch.load(path, weights_only=True))
+    with torch.no_grad():
+        expected = original(pixels).softmax(-1)
+    # float32 rounding through 50 layers: 2.5e-7 at worst on these pictures
+    torch.testing.assert_close(encoder.class_probabilities(pixels), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_batched_equals_unbatched(encoder: EfficientNetLite, pixels: Tensor) -> None:
+    # other kernels for other sizes: 1.3e-5 at worst on these pictures
+    alone = torch.cat([encoder(picture[None]) for picture in pixels])
+    torch.testing.assert_close(encoder(pixels), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_it_stays_frozen_and_in_evaluation_mode(encoder: EfficientNetLite, pixels: Tensor) -> None:
+    before = encoder(pixels)
+    encoder.train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    torch.testing.assert_close(encoder(pixels), before, rtol=0, atol=0)
+
+
+def test_a_gradient_reaches_the_pixels(encoder: EfficientNetLite, pixels: Tensor) -> None:
+    picture = pixels[:1].clone().requires_grad_()
+    encoder(picture).square().sum().backward()
+    assert picture.grad is not None
+    assert picture.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("grid", [1, 4, 9])
+def test_the_grid_is_the_map_pooled(grid: int, encoder: EfficientNetLite, pixels: Tensor) -> None:
+    other = load(grid)
+    patches = other(pixels[:1])
+    assert patches.shape == (1, 1 + grid**2 + 5, 1280)
+    torch.testing.assert_close(patches[:, 0], encoder(pixels[:1])[:, 0])
+    torch.testing.assert_close(patches[:, -5:], encoder(pixels[:1])[:, -5:])
+    if grid == 9:  # untouched: its mean is the pooled feature
+        mean = patches[:, 1:-5].mean(1) * adapters.efficientnet.MAP_RMS
+        torch.testing.assert_close(mean, patches[:, 0] * adapters.efficientnet.POOLED_RMS)
+
+
+@pytest.mark.parametrize("grid", [0, 10])
+def test_a_grid_that_the_map_cannot_give_is_an_error(grid: int) -> None:
+    with pytest.raises(ConfigError, match=f"grid of {grid}"):
+        load(grid)
+
+
+def test_pixels_of_another_size_are_an_error(encoder: EfficientNetLite) -> None:
+    with pytest.raises(ImageError, match=r"\(B, 3, 260, 260\), not \(1, 3, 224, 224\)"):
+        encoder(torch.zeros(1, 3, 224, 224))
+
+
+def test_class_tokens_say_which_class_and_how_sure_through_a_layer_norm(
+    encoder: EfficientNetLite, pixels: Tensor
+) -> None:
+    sureness, classes = encoder.class_probabilities(pixels).topk(5)
+    tokens = F.layer_norm(encoder(pixels)[:, -5:], (1280,))
+    blank, rows = F.layer_norm(encoder._blank, (1280,)), F.layer_norm(encoder._rows, (1280,))
+    doubt = (tokens @ blank / 1280).square()
+    torch.testing.assert_close(1 - doubt, sureness, rtol=0, atol=0.05)  # rows are not quite orthogonal to the blank
+    without = tokens - (tokens @ blank / 1280)[..., None] * blank
+    torch.testing.assert_close((without @ rows.T).argmax(-1), classes)
+
+
+def test_prototypes_are_what_a_sure_encoder_would_say(encoder: EfficientNetLite) -> None:
+    names, patches = encoder.prototypes()
+    assert len(names) == len(patches) == 1000
+    assert patches.shape[1:] == (encoder.tokens, 1280)
+    assert not patches[:, :-5].any()
+    likeliest = F.layer_norm(patches[:, -5], (1280,)) @ encoder._rows.T
+    torch.testing.assert_close(likeliest.argmax(-1), torch.arange(1000))
+    assert list(SURE) == sorted(SURE, reverse=True)
+    assert sum(SURE) < 1
+    torch.testing.assert_close(patches[:, -5:].square().mean(-1).sqrt(), torch.ones(1000, 5), rtol=0, atol=0.06)
+
+
+def test_the_names_stand_in_the_order_of_the_classifier(encoder: EfficientNetLite) -> None:
+    """An order off by one anywhere would part the classes that are nearest in meaning."""
+    names = class_names()
+    rows = F.normalize(encoder._rows, dim=1)
+    nearest = (rows @ rows.T).fill_diagonal_(-1).argmax(1).tolist()
+    pairs = {names[index]: names[other] for index, other in enumerate(nearest)}
+    for name in ("missile", "sunglasses"):  # two classes each, which only their rows can tell to be the same
+        first, second = (index for index, other in enumerate(names) if other == name)
+        assert (nearest[first], nearest[second]) == (second, first)
+    for name, other in (("toilet paper", "paper towel"), ("Golden Retriever", "Labrador Retriever")):
+        assert pairs[name] == other
+    dogs = range(names.index("Chihuahua"), names.index("Mexican hairless dog") + 1)
+    assert sum(nearest[index] in dogs for index in dogs) / len(dogs) > 0.97
+
+
+def test_the_names_read_as_in_a_sentence() -> None:
+    assert not [name for name in class_names() if set(name) & set("()/,_") or name != name.strip()]
