@@ -31,7 +31,8 @@ from blip2.train.data import Pixels
 from blip2.train.sources import Prototype, Sample
 
 _TODO, _DONE, _DROPPED = range(3)  # marks, one byte a picture
-_BATCH = 16  # pictures encoded, flushed and marked together
+_BATCH = 16  # pictures encoded together
+_SAVED = 256  # pictures flushed and marked together: what a kill can cost
 
 
 class FeatureCache:
@@ -166,14 +167,30 @@ class _View:
             todo = np.flatnonzero(self.marks() != _DONE)
             if unreadable == "drop":
                 todo = np.flatnonzero(self.marks() == _TODO)
-            for start in range(0, len(todo), _BATCH):
-                rows = todo[start : start + _BATCH].tolist()
-                opened = {row: picture for row in rows if (picture := _open(pixels, row, view, unreadable)) is not None}
-                if opened:
-                    self._store(list(opened), _encode(encoder, torch.stack(list(opened.values())), pixels, rows))
-                self._mark({row: _DONE if row in opened else _DROPPED for row in rows})
-                if progress is not None:
-                    progress(self.count - len(todo) + start + len(rows))
+            for start in range(0, len(todo), _SAVED):
+                rows = todo[start : start + _SAVED].tolist()
+                marks: dict[int, int] = {}
+                try:
+                    for first in range(0, len(rows), _BATCH):
+                        marks |= self._encode(encoder, pixels, rows[first : first + _BATCH], view, unreadable)
+                        if progress is not None:
+                            progress(self.count - len(todo) + start + min(first + _BATCH, len(rows)))
+                finally:
+                    self._mark(marks)
+
+    def _encode(
+        self,
+        encoder: ImageEncoder,
+        pixels: Pixels,
+        rows: Sequence[int],
+        view: int,
+        unreadable: Literal["error", "drop"],
+    ) -> dict[int, int]:
+        """Features of a few rows, written but not yet sure to be on disk; their marks."""
+        opened = {row: each for row in rows if (each := _open(pixels, row, view, unreadable)) is not None}
+        if opened:
+            self._store(list(opened), _encode(encoder, torch.stack(list(opened.values())), pixels, rows))
+        return {row: _DONE if row in opened else _DROPPED for row in rows}
 
     def _store(self, rows: Sequence[int], features: NDArray[np.float16]) -> None:
         shape = self.path / "shape.json"
@@ -188,10 +205,12 @@ class _View:
             os.truncate(file, self.count * features[0].nbytes)  # a hole, until rows are written into it
             for row, feature in zip(rows, features, strict=True):
                 _write(file, feature.tobytes(), row * feature.nbytes)
-            os.fsync(file)
 
     def _mark(self, marks: dict[int, int]) -> None:
         """Only after the features are safely on disk."""
+        if _DONE in marks.values():
+            with _open_to_write(self.path / "features") as file:
+                os.fsync(file)
         with _open_to_write(self.path / "marks") as file:
             for row, mark in marks.items():
                 _write(file, bytes([mark]), row)

@@ -183,7 +183,8 @@ class Stage1(nn.Module):
         if self.vocabulary is not None:
             targets = torch.searchsorted(self.vocabulary, targets)
         logits = self.bridge.word_logits(hidden, self.vocabulary)
-        return F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
+        total = F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing, reduction="sum")
+        return total / self.world.mean(real.sum().float())  # a token weighs the same on every rank
 
 
 class Stage2(nn.Module):
@@ -206,6 +207,7 @@ class Stage2(nn.Module):
         encoder: ImageEncoder | None = None,
         *,
         bos: int | None,
+        world: World | None = None,
         keep: Stage1 | None = None,
         vocabulary: Tensor | None = None,
     ) -> None:
@@ -214,6 +216,7 @@ class Stage2(nn.Module):
         self.language = language
         self.encoder = encoder
         self.bos = bos
+        self.world = world or World()
         self.keep = keep
         self.register_buffer("vocabulary", vocabulary, persistent=False)
 
@@ -225,7 +228,7 @@ class Stage2(nn.Module):
         layout = self.bridge.config.prompts.visual
         embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
         log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary)  # (B, T')
-        losses = {"lm": -log_probs.sum() / (batch.targets != -100).sum()}
+        losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.keep is not None:
             losses |= self.keep.losses(look, patches, batch, seed)
         return losses

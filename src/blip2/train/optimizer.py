@@ -1,0 +1,54 @@
+"""AdamW's parameters in groups, and the choice of which parameters train at all."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from blip2.errors import ConfigError
+from blip2.train.recipe import Recipe
+
+
+def choose(module: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """The parameters that the recipe trains, by name; the others no longer ask for a gradient.
+
+    Raises:
+        ConfigError: a pattern of `train` or `lr_scale` fits no parameter.
+    """
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for key, patterns in (("train", recipe.train), ("lr_scale", recipe.lr_scale)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in trainable):
+                some = ", ".join(list(trainable)[:3])
+                raise ConfigError(f"{key}: {pattern!r} fits no trainable parameter; they are named like {some}")
+    for name, parameter in trainable.items():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in recipe.train))
+    return {name: parameter for name, parameter in trainable.items() if parameter.requires_grad}
+
+
+def adamw(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    """The optimizer: a group for each factor on the learning rate, with and without weight decay.
+
+    Matrices decay, vectors do not; the temperature, a scalar, as the recipe says.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        scale = next((factor for pattern, factor in recipe.lr_scale.items() if fnmatchcase(name, pattern)), 1.0)
+        decays = parameter.ndim > 1 or (parameter.ndim == 0 and recipe.decay_temperature)
+        groups.setdefault((scale, decays), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": group, "scale": scale, "weight_decay": recipe.weight_decay if decays else 0.0}
+            for (scale, decays), group in groups.items()
+        ],
+        lr=recipe.lr,
+        betas=recipe.betas,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next update, times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

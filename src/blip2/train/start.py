@@ -1,0 +1,93 @@
+"""The model that a recipe describes, and the weights that its training starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from blip2 import weights
+from blip2.config import PRESETS, Blip2Config, describe, read_config
+from blip2.errors import ConfigError
+from blip2.model.bridge import Bridge
+from blip2.train.recipe import Recipe, nearest
+from blip2.weights.bert import start_from_bert
+from blip2.weights.load import check_names
+
+if TYPE_CHECKING:
+    from blip2.adapters import TextPart
+
+_PARTS = ("vision", "language", "text")  # each of one kind or another
+
+
+def model_config(recipe: Recipe) -> Blip2Config:
+    """What the recipe's model is made of.
+
+    Raises:
+        ConfigError: no such preset, an unknown key or a value of the wrong kind in `model`; the message names it.
+    """
+    if recipe.model is None:
+        assert recipe.start is not None  # the recipe was checked for it
+        return read_config(model_directory(recipe.start) / "config.json")
+    model = {"preset": recipe.model} if isinstance(recipe.model, str) else dict(recipe.model)
+    name = model.pop("preset", None)
+    if name is not None and name not in PRESETS:
+        raise ConfigError(f"model: no preset {name!r}{nearest(str(name), PRESETS)}; there are {', '.join(PRESETS)}")
+    values = _merge(dataclasses.asdict(PRESETS[name] if name else Blip2Config()), model, "model")
+    try:
+        return TypeAdapter(Blip2Config).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(f"model: {describe(error)}") from None
+
+
+def model_directory(start: Path) -> Path:
+    """The saved model in a run's folder, or the folder itself where it is one.
+
+    Raises:
+        ConfigError: neither.
+    """
+    for directory in (start / "model", start):
+        if (directory / "config.json").is_file():
+            return directory
+    raise ConfigError(f"start: {start} holds no model; a finished run has one in its folder `model`")
+
+
+def start_bridge(recipe: Recipe, config: Blip2Config, text: Callable[[], TextPart]) -> Bridge:
+    """The bridge with the weights that training starts from: an earlier run's, or those of the text part.
+
+    Raises:
+        CheckpointError: they are of another shape.
+    """
+    bridge = Bridge(config)
+    if recipe.start is None:
+        if config.text is not None:
+            start_from_bert(bridge.qformer, text().weights)
+        return bridge
+    directory = model_directory(recipe.start)
+    earlier = weights.load(directory, text().words if config.qformer.frozen_words else None)
+    state, own = earlier.bridge.state_dict(), bridge.state_dict()
+    new = {name for name in own if name.startswith("language_projection.")} - state.keys()  # none in stage 1: as drawn
+    state |= {name: own[name] for name in new}
+    check_names(bridge, state, directory)
+    bridge.load_state_dict(state)
+    return bridge
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """`base` with the changes; a part of another kind (other keys than it has) takes the place of the part.
+
+    Raises:
+        ConfigError: a key that the configuration does not have.
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        if key not in base:
+            raise ConfigError(f"{place}: unknown key {key!r}{nearest(key, base)}")
+        old = base[key]
+        sections = isinstance(old, dict) and isinstance(value, Mapping)
+        replaces = key in _PARTS and sections and not value.keys() <= old.keys()
+        merged[key] = _merge(old, value, f"{place}.{key}") if sections and not replaces else value
+    return merged

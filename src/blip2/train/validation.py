@@ -1,0 +1,94 @@
+"""Held-out data, looked at while training: the losses, and retrieval by ITC where the objective learns it.
+
+Letters: N pictures, M captions, Q queries, E image-text space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blip2.evaluate.ranking import DEPTHS, belonging, ranks
+from blip2.model.bridge import Bridge
+from blip2.train.data import Batches, Mixture, Texts
+from blip2.train.distributed import World
+from blip2.train.objectives import encode
+
+if TYPE_CHECKING:
+    from blip2.train.parts import Data
+
+_IMAGES, _TEXTS = 64, 256  # that go through the bridge together
+
+
+class Validation:
+    """Call it for the metrics of the weights as they are, and one score of them, higher is better.
+
+    The score is the mean of the recalls where the bridge's image-text space is trained, else minus the `lm` loss.
+
+    Args:
+        objective: its losses are averaged over the held-out data, drawn in the same way each time.
+        rows: of one batch, over all ranks, as in training, since contrast is harder among more.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        objective: nn.Module,
+        data: Sequence[Data],
+        texts: Texts,
+        rows: int,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        total = sum(len(each.samples) for each in data)
+        rows = max(world.size, min(rows, total - total % world.size))
+        mixture = Mixture([(each.samples, len(each.samples)) for each in data], seed=0)
+        images = [each.images for each in data]
+        self.batches = Batches(mixture, images, texts, rows, rank=world.rank, world=world.size)
+        self.count = max(1, total // rows)
+        self.bridge = bridge
+        self.objective = objective
+        self.data = data
+        self.texts = texts
+        self.world = world
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[dict[str, float], float]:
+        totals: dict[str, Tensor] = {}
+        for number in range(self.count):
+            losses = self.objective(self.batches[number].to(self.device), number)
+            totals = {name: totals.get(name, 0) + self.world.mean(loss) / self.count for name, loss in losses.items()}
+        metrics = {name: float(loss) for name, loss in totals.items()}
+        if self.texts.qformer is None:
+            return metrics, -metrics["lm"]
+        recalls = self._recalls()
+        return metrics | recalls, sum(recalls.values()) / len(recalls)
+
+    def _recalls(self) -> dict[str, float]:
+        """R@k by ITC of all held-out pictures and captions, both ways."""
+        assert self.texts.qformer is not None
+        images = torch.cat([part for each in self.data for part in self._image_vectors(each)])  # (N, Q, E)
+        samples = [sample for each in self.data for sample in each.samples]
+        captions = [self.texts.caption(caption) for sample in samples for caption in sample.captions]
+        ids = self.texts.qformer.batch(captions, self.texts.max_length).to(self.device)
+        texts = torch.cat([self.bridge.text_vectors(part).float() for part in ids.split(_TEXTS)])  # (M, E)
+        similar = torch.stack([(image @ texts.T).amax(0) for image in images]).cpu().numpy()  # (N, M)
+        owner = np.repeat(np.arange(len(samples)), [len(sample.captions) for sample in samples])
+        right = belonging(owner, len(samples))
+        found = {"text to image": ranks(similar.T, right.T), "image to text": ranks(similar, right)}
+        return {f"{way} R@{depth}": float((place < depth).mean()) for way, place in found.items() for depth in DEPTHS}
+
+    def _image_vectors(self, data: Data) -> list[Tensor]:
+        encoder = getattr(self.objective, "encoder", None)
+        rows = range(len(data.samples))
+        parts: list[Tensor] = []
+        for start in range(0, len(rows), _IMAGES):
+            some = rows[start : start + _IMAGES]
+            images = data.images(some, [0] * len(some)).float().to(self.device)
+            parts.append(self.bridge.image_vectors(self.bridge.look(encode(encoder, images)).hidden).float())
+        return parts

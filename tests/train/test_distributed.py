@@ -1,0 +1,91 @@
+"""Two ranks on gloo against one process on the same global batches."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from processes import finish, run_ranks, run_tiny, said, start
+
+from blip2.train import checkpoint
+from blip2.train.distributed import World
+from blip2.weights import load
+
+CLOSE = 1e-5  # of losses and gradients: float32 sums in another order; the worst measured is 4e-8 for a gradient
+CLOSE_WEIGHTS = 1e-4  # AdamW makes a step of rounding where a gradient is almost nothing; the worst measured is 2e-5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line | line.pop("validation", {}) for line in lines]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """Trained weights; a key's bias has no gradient but rounding, which AdamW makes a step of: softmax ignores it."""
+    state = load(output / "model").bridge.state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith("key.bias")}
+
+
+def mean_gradients(output: Path) -> list[torch.Tensor]:
+    """AdamW's first moments: a running mean of the gradients."""
+    saved = checkpoint.latest(output / "checkpoints")
+    assert saved is not None
+    return [state["exp_avg"] for state in checkpoint.read(saved)["optimizer"]["state"].values()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage": 1},
+        {"stage": 1, "accumulate": 2},
+        {"stage": 2, "keep": 0.5},
+        {"stage": 2, "vocabulary": "used"},
+    ],
+    ids=lambda changes: " ".join(f"{key} {value}" for key, value in changes.items()),
+)
+def test_two_ranks_give_the_losses_gradients_and_weights_of_one(changes: dict[str, Any], data: Path, tmp_path: Path):
+    values = changes | {"steps": 6, "validate": {"data": str(data), "every": 3, "limit": 16}}
+    assert finish(start(run_tiny, tiny.recipe(data, tmp_path / "one", **values))) == 0
+    assert run_ranks(tiny.recipe(data, tmp_path / "two", **values), 2) == [0, 0]
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=CLOSE, abs=CLOSE)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=CLOSE_WEIGHTS, msg=name)
+    for one, two in zip(mean_gradients(tmp_path / "one"), mean_gradients(tmp_path / "two"), strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=CLOSE)
+
+
+def test_ranks_resume_from_the_checkpoint_that_the_first_of_them_wrote(data: Path, tmp_path: Path):
+    values = tiny.recipe(data, tmp_path / "run", steps=8)
+    whole = tiny.recipe(data, tmp_path / "whole", steps=8)
+    assert run_ranks(whole, 2) == [0, 0]
+    assert run_ranks(values, 2) == [0, 0]
+    (tmp_path / "run" / "checkpoints" / "step-00000008.pt").unlink()
+    assert run_ranks(values, 2) == [0, 0]
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(data: Path, tmp_path: Path):
+    values = tiny.recipe(data, tmp_path / "run", batch_size=15)
+    assert run_ranks(values, 2) == [1, 1]
+    assert "batch_size: parts of 15 rows cannot be shared by 2 ranks" in said(values).read_text()
+
+
+def test_a_process_alone_calls_nothing_distributed():
+    rows = torch.arange(3.0, requires_grad=True)
+    world = World()
+    assert world.gather(rows, gradient=True) is rows
+    assert world.own(rows, 3).tolist() == [0, 1, 2]
+    assert world.mean(rows).tolist() == [0, 1, 2]
+    module = torch.nn.Linear(2, 2)
+    assert world.wrap(module) is module
+    world.wait()
+    assert not torch.distributed.is_initialized()
