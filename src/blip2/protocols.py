@@ -5,7 +5,7 @@ Letters: B rows, P patches, S prefix positions, T target positions, D width, V v
 
 from __future__ import annotations
 
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -92,8 +92,8 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Read one more token a row, int64[B], into the cache; logits float[B, V] of the next."""
+    def step(self, ids: Tensor, cache: Any) -> Tensor:
+        """Read one more token a row, int64[B], into the cache that `prefill` gave; logits float[B, V] of the next."""
         ...
 
     def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:

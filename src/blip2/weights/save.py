@@ -1,4 +1,4 @@
-"""Our own format: a directory with `config.json`, `bridge.safetensors` and, for an encoder of ours, `vision.safetensors`.
+"""Our own format: a directory with `config.json`, `bridge.safetensors` and, for our own encoder, `vision.safetensors`.
 
 Frozen parts that somebody else made are not in it: the configuration names them with the SHA-256 of their weights.
 """

@@ -1,0 +1,175 @@
+"""`blip2 caption`: a picture, a folder, or a training set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blip2.cli.console import TASK, note, one_line, open_model, progress, result, result_json
+from blip2.cli.options import BatchSize, Chosen, Details, Device, Dtype, Json, Model, Paths, writes
+from blip2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from blip2.blip2 import Blip2
+
+
+class Existing(StrEnum):
+    skip = "skip"
+    overwrite = "overwrite"
+    append = "append"
+
+
+_FILES = "Files"
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What the text starts from.", show_default=False)]
+Num = Annotated[int, typer.Option("--num", "-n", min=1, help="Captions for each image.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Show the caption of one image as it is written.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="A .jsonl file, a line an image.", show_default=False, rich_help_panel=_FILES),
+]
+Txt = Annotated[bool, typer.Option("--txt", help="A .txt file beside each image.", rich_help_panel=_FILES)]
+Keep = Annotated[Existing, typer.Option(help="What happens where a caption is there.", rich_help_panel=_FILES)]
+Prefix = Annotated[str, typer.Option(help="Stands before each caption as it is.", rich_help_panel=_FILES)]
+Trigger = Annotated[str, typer.Option(help="A word before each caption, with a comma.", rich_help_panel=_FILES)]
+
+
+@writes
+def caption(
+    paths: Paths,
+    *,
+    prompt: Prompt = None,
+    num: Num = 1,
+    json: Json = False,
+    details: Details = False,
+    stream: Stream = False,
+    out: Out = None,
+    txt: Txt = False,
+    existing: Keep = Existing.skip,
+    prefix: Prefix = "",
+    trigger: Trigger = "",
+    model: Model = "mini",
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: Chosen,
+) -> None:
+    """Describe images: files, folders, patterns.
+
+    One image prints its caption, several print `path<TAB>caption`. With `--out` or `--txt` captions go to files, and a
+    run that was stopped goes on where it was. Images that cannot be read are named on stderr, and the exit code is 1.
+
+    ```
+    blip2 caption photo.jpg
+    blip2 caption photo.jpg --prompt "a photo of" --num 3
+    blip2 caption holiday/ --out captions.jsonl
+    blip2 caption training-set/ --txt --trigger myword
+    ```
+    """
+    from blip2 import image
+
+    to_files = out is not None or txt
+    if out is not None and txt:
+        raise ConfigError("--out and --txt: choose one")
+    _check(
+        to_files, {"stream": stream, "json": json, "details": details}, bool(prefix or trigger) or existing != "skip"
+    )
+    keywords: dict[str, Any] = {**options, **({"num_captions": num} if num > 1 else {})}
+    files = image.find_images(paths)
+    if stream and (len(files) > 1 or num > 1):
+        raise ConfigError("--stream writes one caption of one image")
+    opened = open_model(model, device, dtype)
+    if stream:
+        _stream(opened, files[0], prompt, keywords)
+    elif to_files:
+        labels = {"existing": existing.value, "prefix": prefix, "trigger": trigger, "batch_size": batch_size}
+        _to_files(opened, files, out, txt, prompt, {**keywords, **labels})
+    else:
+        _to_stdout(opened, files, prompt, json, details, batch_size, keywords)
+
+
+def _check(to_files: bool, shown: dict[str, bool], labelled: bool) -> None:
+    if to_files and any(shown.values()):
+        raise ConfigError(f"--{next(name for name in shown if shown[name])} does not go with --out or --txt")
+    if sum(shown.values()) > 1 and shown["stream"]:
+        raise ConfigError("--stream does not go with --json or --details")
+    if labelled and not to_files:
+        raise ConfigError("--existing, --prefix and --trigger are for captions in files: add --out FILE or --txt")
+
+
+def _stream(model: Blip2, file: Path, prompt: str | None, options: dict[str, Any]) -> None:
+    for piece in model.caption(file, prompt, stream=True, **options):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _to_files(
+    model: Blip2, files: Sequence[Path], out: Path | None, txt: bool, prompt: str | None, options: dict[str, Any]
+) -> None:
+    from blip2 import bulk
+
+    with progress("captions", len(files)) as bars:
+        report = bulk.caption_files(
+            model,
+            files,
+            out,
+            form="txt" if txt else "jsonl",
+            prompt=prompt,
+            progress=lambda done, total: bars.update(TASK, completed=done, total=total),
+            **options,
+        )
+    for failure in report.failed:
+        note(f"error: {failure.error}")
+    note(f"{report.done} captioned, {report.skipped} were there, {len(report.failed)} could not be read")
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _to_stdout(
+    model: Blip2,
+    files: Sequence[Path],
+    prompt: str | None,
+    json: bool,
+    details: bool,
+    batch_size: int,
+    options: dict[str, Any],
+) -> None:
+    from blip2 import bulk
+
+    failed = False
+    with progress("captions", len(files)) as bars, closing(bulk.opened(files, ahead=batch_size)) as stream:
+        for batch in bulk.batches(stream, batch_size):
+            readable = [item for item in batch if not isinstance(item, bulk.Failure)]
+            found = (
+                model.caption([picture for _, picture in readable], prompt, details=True, **options) if readable else []
+            )
+            for (path, _), row in zip(readable, found, strict=True):
+                rows = [asdict(text) for text in (row if isinstance(row, list) else [row])]
+                _show(path, rows, json, details, alone=len(files) == 1)
+            for failure in batch:
+                if isinstance(failure, bulk.Failure):
+                    failed = True
+                    note(f"error: {failure.error}")
+                    if json or details:
+                        result_json({"image": str(failure.image), "error": failure.error})
+            bars.advance(TASK, len(batch))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show(path: Path, rows: Sequence[dict[str, Any]], json: bool, details: bool, *, alone: bool) -> None:
+    """The captions of one image, in the shape that was asked for."""
+    if details:
+        result_json({"image": str(path), "captions": rows})
+    elif json:
+        texts = [row["text"] for row in rows]
+        result_json({"image": str(path), **({"captions": texts} if len(texts) > 1 else {"caption": texts[0]})})
+    else:
+        for row in rows:
+            text = one_line(row["text"])
+            result(text if alone else f"{path}\t{text}")

@@ -1,0 +1,87 @@
+"""`blip2 embed`: vectors of images, in a file."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blip2.cli.console import TASK, note, open_model, progress
+from blip2.cli.options import BatchSize, Device, Dtype, Model, Paths
+from blip2.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FORMATS = (".npz", ".safetensors")
+
+
+def embed(
+    paths: Paths,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .npz or a .safetensors file.", show_default=False)],
+    model: Model = "mini",
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Write the vectors of images to a file.
+
+    The file holds `vectors` in the image-text space, float32[N, Q, E] of unit length, and the N paths: as the array
+    `paths` in a .npz, as JSON in the metadata of a .safetensors. The cosine of an image and a text is the largest
+    over the image's Q vectors. Images that cannot be read are named on stderr and left out, and the exit code is 1.
+    Ctrl-C writes what is done.
+
+    ```
+    blip2 embed holiday/ --out holiday.npz
+    blip2 embed a.jpg b.jpg --out two.safetensors
+    ```
+    """
+    from blip2 import bulk, image
+
+    if out.suffix not in FORMATS:
+        raise ConfigError(f"{out}: write to a file that ends in {' or '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: the folder {out.parent} does not exist")
+    files = image.find_images(paths)
+    opened = open_model(model, device, dtype)
+    done: list[str] = []
+    vectors: list[NDArray[np.float32]] = []
+    try:
+        with progress("images", len(files)) as bars, closing(bulk.opened(files, ahead=batch_size)) as stream:
+            for batch in bulk.batches(stream, batch_size):
+                readable = [item for item in batch if not isinstance(item, bulk.Failure)]
+                if readable:
+                    vectors.append(opened.embed_images([picture for _, picture in readable]).cpu().numpy())
+                    done += [str(path) for path, _ in readable]
+                for item in batch:
+                    if isinstance(item, bulk.Failure):
+                        note(f"error: {item.error}")
+                bars.advance(TASK, len(batch))
+    finally:
+        if done:
+            _write(out, done, vectors)
+            note(f"{out}: {len(done)} of {len(files)} images")
+    if len(done) < len(files):
+        raise typer.Exit(1)
+
+
+def _write(out: Path, names: list[str], parts: list[NDArray[np.float32]]) -> None:
+    """All or nothing: the old file stays until the new one is whole."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    from blip2.bulk import write_atomically
+
+    vectors = np.concatenate(parts)
+    if out.suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez(buffer, vectors=vectors, paths=np.array(names))
+        write_atomically(out, buffer.getvalue())
+    else:
+        write_atomically(out, save({"vectors": vectors}, {"paths": json.dumps(names, ensure_ascii=False)}))

@@ -1,0 +1,44 @@
+"""`blip2 match`: how well images and texts fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blip2.cli.console import listing, open_model, result_json
+from blip2.cli.options import Device, Dtype, Json, Model
+
+
+def match(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)],
+    *,
+    text: Annotated[list[str], typer.Option("--text", "-t", help="A text; may be given often.", show_default=False)],
+    json: Json = False,
+    model: Model = "mini",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Tell how well images and texts fit.
+
+    Every image is held against every text. Prints image, text, the probability that they match (ITM) and the cosine
+    of their vectors (ITC): a table on a terminal, tab-separated lines in a pipe.
+
+    ```
+    blip2 match photo.jpg --text "a dog on a beach" --text "a red car"
+    blip2 match holiday/*.jpg -t "a sunset" --json
+    ```
+    """
+    found = open_model(model, device, dtype).match(images, text)
+    rows = [
+        (str(image), words, itm, itc)
+        for image, probabilities, cosines in zip(images, found.itm.tolist(), found.itc.tolist(), strict=True)
+        for words, itm, itc in zip(text, probabilities, cosines, strict=True)
+    ]
+    if json:
+        for image, words, itm, itc in rows:
+            result_json({"image": image, "text": words, "itm": itm, "itc": itc})
+        return
+    columns = ("image", "text", "match", "cosine")
+    listing(columns, [(image, words, f"{itm:.3f}", f"{itc:.3f}") for image, words, itm, itc in rows], right=columns[2:])
