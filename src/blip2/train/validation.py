@@ -27,7 +27,7 @@ _IMAGES, _TEXTS = 64, 256  # that go through the bridge together
 class Validation:
     """Call it for the metrics of the weights as they are, and one score of them, higher is better.
 
-    The score is the mean of the recalls where the bridge's image-text space is trained, else minus the `lm` loss.
+    The score is minus the `lm` loss in stage 2, the mean of the recalls in stage 1.
 
     Args:
         objective: its losses are averaged over the held-out data, drawn in the same way each time.
@@ -64,10 +64,9 @@ class Validation:
             losses = self.objective(self.batches[number].to(self.device), number)
             totals = {name: totals.get(name, 0) + self.world.mean(loss) / self.count for name, loss in losses.items()}
         metrics = {name: float(loss) for name, loss in totals.items()}
-        if self.texts.qformer is None:
-            return metrics, -metrics["lm"]
-        recalls = self._recalls()
-        return metrics | recalls, sum(recalls.values()) / len(recalls)
+        recalls = self._recalls() if self.texts.qformer is not None else {}
+        score = -metrics["lm"] if "lm" in metrics else sum(recalls.values()) / len(recalls)
+        return metrics | recalls, score
 
     def _recalls(self) -> dict[str, float]:
         """R@k by ITC of all held-out pictures and captions, both ways."""
