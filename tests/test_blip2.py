@@ -1,12 +1,14 @@
 """The verbs on a tiny model: what goes in, what comes out, and that nothing depends on its neighbours."""
 
+import numpy as np
 import pytest
 import torch
 
-from blip2 import weights
+from blip2 import generate, weights
 from blip2.blip2 import Blip2, load
 from blip2.config import PromptConfig
-from blip2.errors import CheckpointError, ConfigError, ImageError, PromptError
+from blip2.decoding import Decoding
+from blip2.errors import Blip2Error, CheckpointError, ConfigError, ImageError, PromptError
 from blip2.results import Generation, ImageFeatures
 from tiny_model import CONTEXT, build, picture
 
@@ -165,3 +167,37 @@ def test_a_saved_model_without_language_loads_and_matches_the_same(tmp_path):
         load(tmp_path, dtype="int3")
     with pytest.raises(ConfigError, match="device 'tpu9'"):
         load(tmp_path, device="tpu9")
+
+
+def test_a_stacked_array_is_a_list_of_its_images(model: Blip2):
+    photos = np.stack([picture(0), picture(1)])
+    assert model.caption(photos) == [model.caption(picture(0)), model.caption(picture(1))]
+    pixels = torch.from_numpy(photos).permute(0, 3, 1, 2)
+    assert model.caption(pixels) == model.caption(photos)
+
+
+def test_more_images_than_a_batch_are_written_in_parts(model: Blip2, monkeypatch):
+    sizes: list[int] = []
+    whole = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args: sizes.append(len(args[1])) or whole(*args))
+    features = model.encode([picture(seed) for seed in range(5)])
+    found = model.write(features, [""] * 5, Decoding(), batch_size=2)
+    assert sizes == [2, 2, 1]
+    assert [row[0].text for row in found] == model.caption(features, num_beams=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.ask(picture(0), "what ?", choices=["yes", "no"], num_beams=2), "'num_beams' does not go with"),
+        (lambda m: m.ask(picture(0), "what ?", choices=["yes", "no"], stream=True), "'stream' does not go with"),
+        (lambda m: m.caption(picture(0), stream=True, details=True), "details are for whole texts"),
+        (lambda m: m.caption(picture(0), do_sample=False, temperature=0.3), "temperature is for drawing"),
+        (lambda m: m.chat([picture(0), picture(1)]), "about one image, not 2"),
+        (lambda m: m.caption(m.encode(picture(0))[[]]), "the features are empty"),
+        (lambda m: m.embed_texts([]), "empty text"),
+    ],
+)
+def test_what_would_be_dropped_in_silence_is_refused(model: Blip2, call, message: str):
+    with pytest.raises(Blip2Error, match=message):
+        call(model)

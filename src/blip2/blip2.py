@@ -16,7 +16,8 @@ from torch import Tensor
 from blip2 import generate, image
 from blip2.chat import Chat
 from blip2.config import Blip2Config
-from blip2.decoding import Decoding, Options
+from blip2.decoding import BEAMS, Decoding, Options
+from blip2.device import pick_device, pick_dtype
 from blip2.errors import ConfigError, PromptError
 from blip2.generate import Tokens
 from blip2.model import prefix
@@ -26,7 +27,6 @@ from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
-BEAMS = 5  # as published, for captions and answers
 PAIRS = 64  # image-text pairs in one pass of the matching head
 
 Images = image.Source | Sequence[image.Source] | ImageFeatures
@@ -66,9 +66,11 @@ class Blip2:
             ImageError: an image cannot be read; the message names it.
         """
         if isinstance(images, ImageFeatures):
+            if not len(images):
+                raise ConfigError("no image was given: the features are empty")
             return images
         items = cast("Sequence[image.Source]", images if _is_list(images) else [images])
-        if not items:
+        if len(items) == 0:
             raise ConfigError("no image was given")
         transform = image.Transform(self.encoder.image_size, self.encoder.mean, self.encoder.std)
         parts: list[ImageFeatures] = []
@@ -88,7 +90,7 @@ class Blip2:
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = 128) -> Tensor:
         """Texts in the image-text space: float32[M, E], unit length; the cosine with an image is its best query's."""
         rows = [texts] if isinstance(texts, str) else list(texts)
-        ids = [self._text_ids(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        ids = [self._text_ids(rows[i : i + batch_size]) for i in range(0, max(1, len(rows)), batch_size)]
         return torch.cat([self.bridge.text_vectors(part) for part in ids])
 
     # -- text about images ---------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class Blip2:
         single = not _is_list(images)
         features = self.encode(images)
         if stream:
-            return self._stream(features, words, Decoding.of(options))
+            return self._stream(features, words, Decoding.of(options), details)
         decoding = Decoding.of(options, num_beams=BEAMS)
         found = self.write(features, [words] * len(features), decoding)
         return _unwrap(_present(found, details, decoding), single)
@@ -149,16 +151,22 @@ class Blip2:
         features, asked = _pair(features, asked)
         prompts = [self.config.prompts.question.format(_sentence(question)) for question in asked]
         if choices is not None:
+            if stream or options:
+                named = "stream" if stream else next(iter(options))
+                raise ConfigError(f"{named!r} does not go with choices: they are ranked, not written")
             ranked = self._rank(features, prompts, choices)
             return _unwrap(ranked if details else [ranking.best for ranking in ranked], single)
         if stream:
-            return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10))
+            return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details)
         decoding = Decoding.of(options, num_beams=BEAMS, max_new_tokens=10)
         return _unwrap(_present(self.write(features, prompts, decoding), details, decoding), single)
 
     def chat(self, image: Images) -> Chat:
         """A conversation about one image, which is encoded once."""
-        return Chat(self, self.encode(image)[0])
+        features = self.encode(image)
+        if len(features) != 1:
+            raise ConfigError(f"a chat is about one image, not {len(features)}")
+        return Chat(self, features)
 
     @torch.inference_mode()
     def match(self, images: Images, texts: str | Sequence[str]) -> Matches:
@@ -166,7 +174,8 @@ class Blip2:
         features = self.encode(images)
         rows = [texts] if isinstance(texts, str) else list(texts)
         ids = self._text_ids(rows)  # (M, T)
-        itc = torch.einsum("nqe,me->nmq", self.embed_images(features), self.bridge.text_vectors(ids)).amax(-1)
+        vectors = self.embed_images(features).to(self.device)
+        itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
         pairs = torch.cartesian_prod(torch.arange(len(features)), torch.arange(len(rows))).reshape(-1, 2)
         itm = torch.cat([self.match_logits(features, ids, part) for part in pairs.split(PAIRS)]).softmax(-1)[:, 1]
         return Matches(itm.view(len(features), len(rows)), itc)
@@ -181,7 +190,7 @@ class Blip2:
         Returns:
             float32[K, 2], logits of (no match, match).
         """
-        patches = features.patches[pairs[:, 0].to(features.patches.device)]
+        patches = features.patches[pairs[:, 0].to(features.patches.device)].to(self.device)
         return self.bridge.match(patches.float(), ids[pairs[:, 1].to(ids.device)])
 
     # -- within ----------------------------------------------------------------------------------------------------
@@ -197,7 +206,7 @@ class Blip2:
             raise ConfigError("this model has no text side: it writes, but does not match or embed")
         if not texts or not all(text.strip() for text in texts):
             raise PromptError("an empty text cannot be matched or embedded")
-        return self.text_tokenizer.batch(texts, TEXT_LENGTH).to(self.device)
+        return self.text_tokenizer.batch(texts, min(TEXT_LENGTH, self.config.qformer.positions)).to(self.device)
 
     def writer(self) -> tuple[LanguageModel, Tokenizer]:
         """The language model and its tokenizer.
@@ -223,7 +232,9 @@ class Blip2:
         return prefix.build(language, visual, ids, tokenizer.bos, self.config.prompts.visual)
 
     @torch.inference_mode()
-    def write(self, features: ImageFeatures, prompts: Sequence[str], decoding: Decoding) -> list[list[Generation]]:
+    def write(
+        self, features: ImageFeatures, prompts: Sequence[str], decoding: Decoding, batch_size: int = 16
+    ) -> list[list[Generation]]:
         """Texts after one prompt an image, in the words that the language model is given: what the verbs stand on.
 
         Returns:
@@ -232,11 +243,17 @@ class Blip2:
             PromptError: prompt and text do not fit the language model's context.
         """
         language, tokenizer = self.writer()
-        embeds, lengths = self._prefix(features, prompts, decoding.max_new_tokens)
-        rows = generate.generate(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
-        return [[_generation(tokens, tokenizer) for tokens in row] for row in rows]
+        written: list[list[Generation]] = []
+        for start in range(0, len(features), batch_size):
+            rows = slice(start, start + batch_size)
+            embeds, lengths = self._prefix(features[rows], prompts[rows], decoding.max_new_tokens)
+            found = generate.generate(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
+            written += [[_generation(tokens, tokenizer) for tokens in row] for row in found]
+        return written
 
-    def _stream(self, features: ImageFeatures, prompt: str, decoding: Decoding) -> Iterator[str]:
+    def _stream(self, features: ImageFeatures, prompt: str, decoding: Decoding, details: bool) -> Iterator[str]:
+        if details:
+            raise ConfigError("a stream gives text as it comes: details are for whole texts")
         if len(features) != 1:
             raise ConfigError(f"a stream is of one image, not of {len(features)}")
         language, tokenizer = self.writer()
@@ -310,28 +327,7 @@ def load(name: str | Path | None = None, *, device: str = "auto", dtype: str = "
         CheckpointError: no such model, or it is damaged.
         MissingExtraError: its frozen parts are not installed.
     """
-    from blip2.weights.assemble import assemble
+    from blip2.weights.assemble import assemble, model_directory
 
-    directory = Path(__file__).parent / "mini" if name in (None, "mini") else Path(str(name))
-    return assemble(directory, _device(device), _dtype(dtype, _device(device)))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device {name!r} is none; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: this torch sees no CUDA device; use device='cpu'")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in dtypes:
-        raise ConfigError(f"dtype {name!r} is none; use auto, {', '.join(dtypes)}")
-    return dtypes[name]
+    place = pick_device(device)
+    return assemble(model_directory(name), place, pick_dtype(dtype, place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Unpack
 
-from blip2.decoding import Decoding, Options
+from blip2.decoding import BEAMS, Decoding, Options
 from blip2.errors import PromptError
 from blip2.results import ImageFeatures
 
@@ -40,7 +40,7 @@ class Chat:
         question = text.strip()
         if not question:
             raise PromptError("the question is empty")
-        decoding = Decoding.of(options, num_beams=5)
+        decoding = Decoding.of(options, num_beams=BEAMS)
         self._make_room(question, decoding.max_new_tokens)
         answer = self.model.write(self.features, [self._prompt(question)], decoding)[0][0].text
         self.turns.append((question, answer))

@@ -198,6 +198,7 @@ PRESETS: dict[str, Blip2Config] = {
             width=384,
             layers=6,
             mlp_width=1536,
+            queries=16,
             encoder_width=1280,
             vocab_size=30522,
             positions=64,
@@ -219,7 +220,11 @@ def read_config(path: Path) -> Blip2Config:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(Blip2Config).validate_python(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        version = values.get("format") if isinstance(values, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ConfigError(f"{path}: format {version} is newer than this blip2 reads ({FORMAT_VERSION}); upgrade it")
+        return TypeAdapter(Blip2Config).validate_python(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
     except (OSError, ValueError) as error:

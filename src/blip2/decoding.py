@@ -9,6 +9,8 @@ from typing import TypedDict
 from blip2.errors import ConfigError
 from blip2.generate import Beam, BeamSample, Greedy, Limits, Method, Sample
 
+BEAMS = 5  # as published, for captions and answers
+
 
 class Options(TypedDict, total=False):
     """Keywords of `caption`, `ask` and `chat`; each is explained in `Decoding`."""
@@ -72,7 +74,10 @@ class Decoding:
         unknown = sorted(set(options) - set(cls.__dataclass_fields__))
         if unknown:
             raise ConfigError(f"unknown option {unknown[0]!r}; known are {', '.join(cls.__dataclass_fields__)}")
-        draws = options.get("do_sample", any(key in options for key in ("temperature", "top_k", "top_p")))
+        drawing = [key for key in ("temperature", "top_k", "top_p") if key in options]
+        draws = options.get("do_sample", bool(drawing))
+        if drawing and not draws:
+            raise ConfigError(f"{drawing[0]} is for drawing tokens, and do_sample is False: leave out one of the two")
         beams = 1 if draws else max(num_beams, options.get("num_captions", 1))
         defaults = cls(num_beams=beams, max_new_tokens=max_new_tokens, do_sample=draws)
         choice = dataclasses.replace(defaults, **options)

@@ -68,8 +68,8 @@ def test_a_damaged_file_a_missing_one_and_a_newer_format_are_errors_that_name_th
         weights.load(tmp_path)
     weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99 is newer"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 99, "new": 1}))
+    with pytest.raises(ConfigError, match="format 99 is newer"):
         weights.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"qformer": config["qformer"] | {"widht": 3}}))
     with pytest.raises(ConfigError, match=r"qformer\.widht"):

@@ -128,7 +128,7 @@ class QFormer(nn.Module):
         return cast("list[Layer]", self.layers)  # a ModuleList forgets the type of its modules
 
     def _start_queries(self, rows: int) -> Tensor:
-        return self.dropout(self.norm(self.query_tokens)).expand(rows, -1, -1)  # (B, Q, D)
+        return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1))  # (B, Q, D)
 
     def _start_text(self, ids: Tensor) -> Tensor:
         return self.dropout(self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]]))  # (B, T, D)

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+import blip2
 from blip2 import adapters
 from blip2.blip2 import Blip2
-from blip2.config import LanguageConfig, PartConfig, read_config
+from blip2.config import LanguageConfig, PartConfig
 from blip2.errors import CheckpointError
 from blip2.protocols import ImageEncoder
-from blip2.weights.load import load
+from blip2.weights.load import load, load_config
 
 
 def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
@@ -25,9 +26,7 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
     Raises:
         CheckpointError, ConfigError, MissingExtraError: see `blip2.load`.
     """
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory}: no model here; give a directory that blip2 saved, or nothing for `mini`")
-    config = read_config(directory / "config.json")
+    config = load_config(directory)
     text = adapters.text_part(config.text) if config.text else None
     loaded = load(directory, text.words if text else None)
     encoder: Any = loaded.vision
@@ -52,6 +51,11 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
         dtype,
         identity=_identity(directory),
     )
+
+
+def model_directory(name: str | Path | None) -> Path:
+    """Where a model lies: `mini`, or nothing, is the one that comes with the package."""
+    return Path(blip2.__file__).parent / "mini" if name in (None, "mini") else Path(str(name))
 
 
 def _identity(directory: Path) -> str:

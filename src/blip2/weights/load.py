@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blip2.config import FORMAT_VERSION, Blip2Config, VisionConfig, read_config
+from blip2.config import Blip2Config, VisionConfig, read_config
 from blip2.errors import CheckpointError
 from blip2.model.bridge import Bridge
 from blip2.model.vision import VisionTransformer
@@ -36,14 +36,7 @@ def load(directory: Path, words: Tensor | None = None) -> Loaded:
         CheckpointError: no such directory, a newer format, a damaged file, a missing, unexpected or misshaped tensor.
         ConfigError: the configuration has an unknown key or a wrong value.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory}: no model here (config.json is missing)")
-    config = read_config(path)
-    if config.format > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format {config.format} is newer than this blip2 reads ({FORMAT_VERSION}); upgrade it"
-        )
+    config = load_config(directory)
     with torch.device("meta"):
         bridge = Bridge(config)
     extra = {FROZEN_WORDS: words} if config.qformer.frozen_words and words is not None else {}
@@ -57,6 +50,19 @@ def load(directory: Path, words: Tensor | None = None) -> Loaded:
         _fill(vision, directory / "vision.safetensors", {})
         vision.requires_grad_(False).eval()
     return Loaded(config, bridge.eval(), vision)
+
+
+def load_config(directory: Path) -> Blip2Config:
+    """The configuration of a saved model.
+
+    Raises:
+        CheckpointError: no model lies there.
+        ConfigError: as `read_config`.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no model here; give a directory that blip2 saved, or nothing for `mini`")
+    return read_config(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,69 @@
+"""What the model runs on, and in which precision: the names that people give, checked against this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from blip2.errors import ConfigError
+
+_KINDS = ("cpu", "cuda", "mps")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda`, `cuda:1`, ..., or `mps`.
+    Returns:
+        With the index that was given, without one where none was.
+    Raises:
+        ConfigError: no such device, or this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise _unknown(name) from None
+    if device.type not in _KINDS:
+        raise _unknown(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ConfigError(f"device {name!r}: this torch sees no CUDA device; use cpu, or auto")
+        if device.index is not None and device.index >= count:
+            raise ConfigError(f"device {name!r}: this machine has {count}, the last is cuda:{count - 1}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device {name!r}: this torch sees no Metal device; use cpu, or auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of a name.
+
+    Args:
+        name: `float32`, `bfloat16`, `float16`, or `auto`: `half_dtype` on CUDA, float32 elsewhere.
+    Raises:
+        ConfigError: no such precision.
+    """
+    if name == "auto":
+        return half_dtype(device) if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is none; use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def half_dtype(device: torch.device) -> torch.dtype:
+    """The half precision that the device computes in itself: bfloat16, which has the range of float32, else float16."""
+    if device.type == "cpu":
+        return torch.bfloat16
+    if device.type == "mps":
+        return torch.float16
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slower than float32
+    return torch.bfloat16 if native else torch.float16
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(f"device {name!r} is none; use auto, cpu, cuda, cuda:N or mps")
