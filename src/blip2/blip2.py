@@ -90,7 +90,7 @@ class Blip2:
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = 128) -> Tensor:
         """Texts in the image-text space: float32[M, E], unit length; the cosine with an image is its best query's."""
         rows = [texts] if isinstance(texts, str) else list(texts)
-        ids = [self._text_ids(rows[i : i + batch_size]) for i in range(0, max(1, len(rows)), batch_size)]
+        ids = [self.text_ids(rows[i : i + batch_size]) for i in range(0, max(1, len(rows)), batch_size)]
         return torch.cat([self.bridge.text_vectors(part) for part in ids])
 
     # -- text about images ---------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Blip2:
         """How well each image and each text fit: probabilities float32[N, M] (ITM) and cosines float32[N, M] (ITC)."""
         features = self.encode(images)
         rows = [texts] if isinstance(texts, str) else list(texts)
-        ids = self._text_ids(rows)  # (M, T)
+        ids = self.text_ids(rows)  # (M, T)
         vectors = self.embed_images(features).to(self.device)
         itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
         pairs = torch.cartesian_prod(torch.arange(len(features)), torch.arange(len(rows))).reshape(-1, 2)
@@ -201,7 +201,13 @@ class Blip2:
         vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0]
         return ImageFeatures(patches, hidden, vectors)
 
-    def _text_ids(self, texts: Sequence[str]) -> Tensor:
+    def text_ids(self, texts: Sequence[str]) -> Tensor:
+        """Q-Former tokens of texts, int64[M, T], right-padded, for `match_logits`.
+
+        Raises:
+            ConfigError: this model has no text side.
+            PromptError: a text is empty.
+        """
         if self.text_tokenizer is None:
             raise ConfigError("this model has no text side: it writes, but does not match or embed")
         if not texts or not all(text.strip() for text in texts):

