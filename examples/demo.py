@@ -23,11 +23,11 @@ import blip2
 
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 QUESTIONS = {
-    "astronaut.png": ("what is the woman wearing?", "is there a dog?"),
-    "chelsea.png": ("what animal is this?", "what colour is the cat?"),
-    "coffee.png": ("what is on the table?", "how many cups are there?"),
+    "astronaut.png": ("what is the woman wearing?", "is there a dog in the picture?"),
+    "chelsea.png": ("what animal is this?", "what color is the cat?"),
+    "coffee.png": ("how many cups are there?", "what color is the cup?"),
 }
-CHOICES = {"rocket.jpg": ("what is this?", ("a rocket", "a boat", "a tree"))}
+CHOICES = {"camera.png": ("what is the man doing?", ("taking a picture", "riding a bike", "swimming"))}
 TEXTS = ("a cat looking at the camera", "a cup of coffee on a table", "a rocket on its launch pad")
 SEARCHES = ("a man taking a picture", "something to drink", "a vehicle with two wheels")
 OUT = Path("runs/demo")
@@ -37,7 +37,7 @@ TILE, MARGIN, TEXT_HEIGHT = 300, 16, 64  # pixels of the contact sheet
 def main() -> None:
     console = Console(highlight=False)
     started = time.perf_counter()
-    with console.status("loading the model (the first time converts its language model: about two minutes)"):
+    with console.status("loading the model (the first time converts its language model: about a minute)"):
         model = blip2.load(sys.argv[1] if len(sys.argv) > 1 else None)
     loaded = time.perf_counter()
     files = photographs(OUT / "photographs")

@@ -96,8 +96,12 @@ def test_chat_remembers_and_forgets_the_oldest_when_the_context_is_full(model: B
         chat.say("how many dog on the beach ?", max_new_tokens=5)
     assert chat.forgotten > 0
     assert len(chat.turns) + chat.forgotten == 7
+    kept = list(chat.turns)
     with pytest.raises(PromptError, match="empty"):
         chat.say("  ")
+    with pytest.raises(PromptError, match="too long"):
+        chat.say("dog " * CONTEXT)
+    assert chat.turns == kept
 
 
 def test_what_does_not_fit_the_context_is_an_error_that_says_so(model: Blip2):

@@ -327,7 +327,7 @@ def test_a_full_disk_is_named_and_what_was_finished_is_kept(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(bulk.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"full\.jsonl: cannot be written \(No space left.*run again"):
         caption_files(Painter(), [photos], out, batch_size=2)
     (path,) = paint(tmp_path, 1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from blip2 import bulk, search
+from blip2 import search
 from blip2.errors import ConfigError, DataError, ImageError
 from blip2.results import Matches
 from blip2.search import Hit, ImageIndex, folder_index
@@ -262,7 +262,7 @@ def test_an_index_is_written_whole_or_not_at_all(photos: Path, tmp_path: Path, m
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bulk.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"photos\.index: the index cannot be written \(No space left"):
         index.update([photos / "01.png"]).save(path)
     assert path.read_bytes() == before
@@ -307,16 +307,3 @@ def test_a_damaged_cache_is_made_anew_and_one_that_cannot_be_written_is_no_obsta
 def test_without_the_cache_nothing_is_written(photos: Path, tmp_path: Path) -> None:
     assert len(folder_index(Fake(), photos, cache=False)) == 12
     assert not (tmp_path / "cache").exists()
-
-
-def test_the_cache_stands_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLIP2_CACHE", "/own")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    monkeypatch.setenv("HOME", "/home/me")
-    for variable, expected in (
-        ("BLIP2_CACHE", "/own"),
-        ("XDG_CACHE_HOME", "/xdg/blip2"),
-        ("", "/home/me/.cache/blip2"),
-    ):
-        assert search.cache_directory() == Path(expected)
-        monkeypatch.delenv(variable, raising=False)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from blip2 import image
 from blip2.errors import ConfigError, DataError, ImageError, MissingExtraError
+from blip2.files import replacing
 
 Existing: TypeAlias = Literal["skip", "overwrite", "append"]
 Progress: TypeAlias = Callable[[int, int], None]  # called with how many images are through, and how many there are
@@ -143,19 +144,6 @@ def opened(paths: Iterable[Path], *, ahead: int = 8, workers: int = 2) -> Genera
         pool.shutdown(cancel_futures=True)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole of a file at once: whoever reads sees the old content or the new, after a power cut as well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _open(path: Path) -> tuple[Path, Image.Image] | Failure:
     try:
         return path, image.open(path)
@@ -272,7 +260,8 @@ class _TextFiles:
             try:
                 if self._existing == "append" and _has_text(target):
                     data = target.read_bytes().rstrip() + b"\n" + data
-                write_atomically(target, data)
+                with replacing(target) as partial:
+                    partial.write_bytes(data)
             except OSError as error:
                 raise _unwritable(target, error) from error
 
@@ -343,7 +332,8 @@ class _JsonLines:
         mended = b"".join(kept)
         if mended != content:
             try:
-                write_atomically(self._path, mended)
+                with replacing(self._path) as partial:
+                    partial.write_bytes(mended)
             except OSError as error:
                 raise _unwritable(self._path, error) from error
 

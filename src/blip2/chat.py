@@ -51,8 +51,18 @@ class Chat:
         return "".join(prompts.turn.format(*turn) for turn in self.turns) + prompts.question.format(question)
 
     def _make_room(self, question: str, new_tokens: int) -> None:
+        """Forget the oldest turns until the question fits; nothing is forgotten for one that never can."""
         language, tokenizer = self.model.writer()
         room = language.context - self.features.queries.shape[1] - 1 - new_tokens
-        while self.turns and len(tokenizer.encode([self._prompt(question)])[0]) > room:
+
+        def fits(prompt: str) -> bool:
+            return len(tokenizer.encode([prompt])[0]) <= room
+
+        if not fits(self.model.config.prompts.question.format(question)):
+            raise PromptError(
+                f"the question is too long: it has to leave room in the {language.context} positions of the language "
+                "model; shorten it or lower max_new_tokens"
+            )
+        while not fits(self._prompt(question)):
             self.turns.pop(0)
             self.forgotten += 1

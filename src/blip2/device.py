@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
             raise ConfigError(f"device {name!r}: this torch sees no CUDA device; use cpu, or auto")
-        if device.index is not None and device.index >= count:
+        if ":" in name and device.index >= count:
             raise ConfigError(f"device {name!r}: this machine has {count}, the last is cuda:{count - 1}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"device {name!r}: this torch sees no Metal device; use cpu, or auto")

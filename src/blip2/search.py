@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from blip2 import image
-from blip2.bulk import Failure, Progress, batches, opened, write_atomically
+from blip2.bulk import Failure, Progress, batches, opened
 from blip2.errors import ConfigError, DataError, ImageError
+from blip2.files import cache_directory, replacing
 from blip2.results import Matches
 
 FORMAT_VERSION = 1  # of the index file
@@ -165,7 +166,8 @@ class ImageIndex:
         about = {"format": FORMAT_VERSION, "model": self.model.identity, "images": entries}
         content = safetensors.torch.save({"vectors": self.vectors}, metadata={"index": json.dumps(about)})
         try:
-            write_atomically(Path(path), content)
+            with replacing(Path(path)) as partial:
+                partial.write_bytes(content)
         except OSError as error:
             raise DataError(f"{path}: the index cannot be written ({error.strerror})") from error
 
@@ -229,13 +231,6 @@ def folder_index(
         except (OSError, DataError) as error:
             _log.warning("the index of %s is not kept for next time: %s", folder, error)
     return index
-
-
-def cache_directory() -> Path:
-    """Where blip2 keeps what it can make again: `BLIP2_CACHE`, or blip2 in `XDG_CACHE_HOME`, or ~/.cache/blip2."""
-    if own := os.environ.get("BLIP2_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip2"
 
 
 def _stamp(path: Path) -> Stamp:

@@ -96,14 +96,17 @@ def test_an_interrupt_keeps_what_was_finished_and_exits_with_130(monkeypatch: py
     assert [json.loads(line)["image"] for line in Path("captions.jsonl").read_text().splitlines()] == ["holiday/a.jpg"]
 
 
-def test_options_that_do_not_fit_together_are_refused_before_the_model_is_loaded():
+def test_options_that_do_not_fit_are_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch):
     cases = {
         "--json does not go with": ["--json", "--out", "c.jsonl"],
         "--stream does not go with": ["--stream", "--json"],
         "choose one": ["--txt", "--out", "c.jsonl"],
         "for captions in files": ["--trigger", "word"],
         "one caption of one image": ["--stream", "holiday"],
+        "the folder nowhere does not exist": ["--out", "nowhere/c.jsonl"],
+        "holiday: is a folder": ["--out", "holiday"],
     }
+    monkeypatch.setattr("blip2.cli.caption.open_model", lambda *_: pytest.fail("the model was loaded"))
     for message, words in cases.items():
         with pytest.raises(ConfigError, match=message):
             run("caption", "photo.jpg", *words)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from test_verbs import run
 
 from blip2.blip2 import Blip2
-from blip2.errors import PromptError
+from blip2.errors import ImageError, PromptError
 from blip2.search import ImageIndex
 
 pytestmark = pytest.mark.usefixtures("photos")
@@ -63,3 +64,10 @@ def test_a_broken_picture_is_named_and_the_exit_code_is_1():
 def test_exactly_one_query_is_wanted(words: list[str]):
     with pytest.raises(PromptError, match="--image"):
         run("search", "holiday", *words)
+
+
+@pytest.mark.parametrize("place", ["holiday/*.jpg", "photo.jpg", "nowhere"])
+def test_what_is_no_folder_is_refused_before_the_model_is_loaded(place: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("blip2.cli.search.open_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ImageError, match=rf"{re.escape(place)}: is no folder"):
+        run("search", place, "a dog")

@@ -111,6 +111,15 @@ def test_chat_notes_that_old_turns_leave():
     assert "oldest turns have left" in result.stderr
 
 
+def test_a_question_that_is_too_long_is_named_and_the_chat_goes_on(model: Blip2):
+    first = model.chat("photo.jpg").say("what is it?")
+    result = run("chat", "photo.jpg", typed=f"{'red dog ' * 200}\nwhat is it?\n")
+    assert result.stdout.splitlines() == [first]
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.exit_code == 1
+
+
 def test_match_prints_every_image_with_every_text(model: Blip2):
     found = model.match(["photo.jpg", "holiday/a.jpg"], ["a dog", "a red house"])
     lines = run("match", "photo.jpg", "holiday/a.jpg", "-t", "a dog", "-t", "a red house").stdout.splitlines()
@@ -159,7 +168,8 @@ def test_an_interrupted_embed_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch
         assert file["paths"].tolist() == ["holiday/a.jpg"]
 
 
-def test_embed_refuses_a_name_before_it_works():
+def test_embed_refuses_a_name_before_it_works(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("blip2.cli.embed.open_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=r"\.safetensors"):
         run("embed", "holiday", "--out", "vectors.csv")
     with pytest.raises(ConfigError, match="nowhere"):

@@ -199,7 +199,7 @@ def test_what_does_not_fit_together_is_refused(language: LanguageModel, prefix: 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sample(temperature=0), "temperature"),
+        (lambda: Sample(temperature=0), "temperature must be above 0, not 0: leave it out for greedy decoding"),
         (lambda: Sample(top_k=-1), "top_k"),
         (lambda: Sample(top_p=0), "top_p"),
         (lambda: BeamSample(top_p=1.5), "top_p"),

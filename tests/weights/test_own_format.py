@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from blip2 import weights
@@ -84,18 +85,19 @@ def test_a_damaged_file_a_missing_one_and_a_newer_format_are_errors_that_name_th
         weights.load(tmp_path)
 
 
-def test_a_failed_write_leaves_the_old_model_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_failed_write_leaves_the_old_model_whole(tmp_path, monkeypatch, error):
     bridge = Bridge(CONFIG)
     weights.save(tmp_path, CONFIG, bridge, VisionTransformer(VISION))
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(sys.modules["blip2.weights.save"], "save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
     torch.testing.assert_close(weights.load(tmp_path).bridge.state_dict(), bridge.state_dict(), rtol=0, atol=0)
-    assert not list(tmp_path.glob("*.partial"))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "bridge.safetensors", "vision.safetensors"}
 
 
 def test_a_qformer_started_from_bert_reads_text_as_bert_does():

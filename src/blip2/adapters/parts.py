@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from blip2.errors import CheckpointError, MissingExtraError
+from blip2.files import cache_directory, replacing
 from blip2.text import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -73,14 +74,6 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def cache_root() -> Path:
-    """Where converted parts are kept: $BLIP2_CACHE, else $XDG_CACHE_HOME/blip2, else ~/.cache/blip2."""
-    if own := os.environ.get("BLIP2_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "blip2"
-
-
 def converted(name: str, build: Callable[[Path], None], notice: str) -> Path:
     """The directory of a converted part, built at the first call.
 
@@ -96,7 +89,7 @@ def converted(name: str, build: Callable[[Path], None], notice: str) -> Path:
     """
     import filelock
 
-    directory = cache_root() / name
+    directory = cache_directory() / name
     if _is_whole(directory):
         return directory
     try:
@@ -178,9 +171,5 @@ def _write_manifest(directory: Path, digests: dict[str, str]) -> None:
             os.fsync(file.fileno())
             stat = os.fstat(file.fileno())
         files[name] = {"sha256": digest, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    draft = directory / f"{MANIFEST}.{os.getpid()}"
-    with draft.open("w") as file:
-        json.dump({"files": files}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(directory / MANIFEST)
+    with replacing(directory / MANIFEST) as partial:
+        partial.write_text(json.dumps({"files": files}, indent=2))

@@ -15,6 +15,7 @@ from blip2.errors import PromptError
 
 if TYPE_CHECKING:
     from blip2.blip2 import Blip2
+    from blip2.chat import Chat
     from blip2.results import ImageFeatures
 
 HELP = "/new starts over, /quit (or Ctrl-D) ends."
@@ -41,8 +42,8 @@ def ask(
 
     ```
     blip2 ask photo.jpg "what is the dog doing?"
-    blip2 ask photo.jpg "is it day?" --choices yes,no
-    blip2 ask photo.jpg "what is this?" "what colour is it?" --json
+    blip2 ask photo.jpg "is there a dog in the picture?" --choices yes,no
+    blip2 ask photo.jpg "how many dogs are there?" "what color is the dog?" --json
     ```
     """
     given = _choices(choices, options)
@@ -90,30 +91,44 @@ def chat(
 
     Each answer sees the conversation so far. Questions come from the keyboard or, line by line, from a pipe; answers
     go to stdout. `/new` starts over, `/quit` ends. When the conversation outgrows the model's context, the oldest
-    turns leave, and a note says so.
+    turns leave, and a note says so. A question that cannot be asked is named on stderr, and the conversation goes on.
 
     ```
     blip2 chat photo.jpg
-    printf 'what is this?\\nwhat is it made of?\\n' | blip2 chat photo.jpg
+    printf 'what is the man doing?\\nwhere is the man?\\n' | blip2 chat photo.jpg
     ```
     """
     opened = open_model(model, device, dtype)
     talk = opened.chat(image)
     if sys.stdin.isatty():
         note(f"Ask about {image.name}. {HELP}")
+    failed = False
     for line in _lines():
         if line == "/quit":
-            return
+            break
         if line == "/new":
             talk = opened.chat(talk.features)
             note("A new conversation.")
         elif line.startswith("/"):
             note(f"No command {line}. {HELP}")
-        else:
-            before = talk.forgotten
-            result(one_line(talk.say(line, **options)))
-            if talk.forgotten > before:
-                note(f"(The context is full: {talk.forgotten} of the oldest turns have left the conversation.)")
+        elif not _say(talk, line, options):
+            failed = True
+    if failed and not sys.stdin.isatty():
+        raise typer.Exit(1)
+
+
+def _say(talk: Chat, question: str, options: Chosen) -> bool:
+    """One turn, with a note where older ones had to leave; whether the question could be asked."""
+    before = talk.forgotten
+    try:
+        result(one_line(talk.say(question, **options)))
+    except PromptError as error:
+        note(f"error: {error}")
+        return False
+    finally:
+        if talk.forgotten > before:
+            note(f"(The context is full: {talk.forgotten} of the oldest turns have left the conversation.)")
+    return True
 
 
 def _lines() -> Iterator[str]:

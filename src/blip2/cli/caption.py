@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli.console import TASK, note, one_line, open_model, progress, result, result_json
-from blip2.cli.options import BatchSize, Chosen, Details, Device, Dtype, Json, Model, Paths, writes
+from blip2.cli.options import BatchSize, Chosen, Details, Device, Dtype, Json, Model, Paths, check_out, writes
 from blip2.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def caption(
     to_files = out is not None or txt
     if out is not None and txt:
         raise ConfigError("--out and --txt: choose one")
+    if out is not None:
+        check_out(out)
     _check(
         to_files, {"stream": stream, "json": json, "details": details}, bool(prefix or trigger) or existing != "skip"
     )

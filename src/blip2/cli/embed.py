@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blip2.cli.console import TASK, note, open_model, progress
-from blip2.cli.options import BatchSize, Device, Dtype, Model, Paths
+from blip2.cli.options import BatchSize, Device, Dtype, Model, Paths, check_out
 from blip2.errors import ConfigError
+from blip2.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +46,7 @@ def embed(
 
     if out.suffix not in FORMATS:
         raise ConfigError(f"{out}: write to a file that ends in {' or '.join(FORMATS)}")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: the folder {out.parent} does not exist")
+    check_out(out)
     files = image.find_images(paths)
     opened = open_model(model, device, dtype)
     done: list[str] = []
@@ -76,12 +75,10 @@ def _write(out: Path, names: list[str], parts: list[NDArray[np.float32]]) -> Non
     import numpy as np
     from safetensors.numpy import save
 
-    from blip2.bulk import write_atomically
-
     vectors = np.concatenate(parts)
-    if out.suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez(buffer, vectors=vectors, paths=np.array(names))
-        write_atomically(out, buffer.getvalue())
-    else:
-        write_atomically(out, save({"vectors": vectors}, {"paths": json.dumps(names, ensure_ascii=False)}))
+    with replacing(out) as partial:
+        if out.suffix == ".npz":
+            with partial.open("wb") as file:
+                np.savez(file, vectors=vectors, paths=np.array(names))
+        else:
+            partial.write_bytes(save({"vectors": vectors}, {"paths": json.dumps(names, ensure_ascii=False)}))

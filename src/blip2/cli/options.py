@@ -14,6 +14,8 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from blip2.errors import ConfigError
+
 Chosen: TypeAlias = dict[str, Any]  # keywords of the verbs, see `decoding.Options`
 Model = Annotated[str, typer.Option("--model", "-m", help="`mini`, or the directory of a model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Machine")]
@@ -31,6 +33,18 @@ Paths = Annotated[
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.", show_default=False)]
 
 _PANEL = "Decoding"
+
+
+def check_out(file: Path) -> None:
+    """Refuse a place that no file can be written to, before a model is loaded and works for it.
+
+    Raises:
+        ConfigError: its folder does not exist, or it is a folder itself.
+    """
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file}: the folder {file.parent} does not exist; make it first")
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder; name a file in it")
 
 
 def _option(help: str, *names: str, **limits: Any) -> Any:

@@ -9,7 +9,7 @@ import typer
 
 from blip2.cli.console import TASK, listing, note, open_model, progress, result_json
 from blip2.cli.options import BatchSize, Device, Dtype, Json, Model
-from blip2.errors import PromptError
+from blip2.errors import ImageError, PromptError
 
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A folder of images, searched to the bottom.", show_default=False)
@@ -46,6 +46,8 @@ def search(
     """
     if (text is None) == (image is None):
         raise PromptError("say what to look for: either a text in quotes, or --image FILE")
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: is no folder; search takes one folder, with all below it")
     from blip2 import search as index_of
 
     opened = open_model(model, device, dtype)

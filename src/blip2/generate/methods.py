@@ -34,7 +34,10 @@ class Sample:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}; use Greedy() for 0")
+        _require(
+            self.temperature > 0,
+            f"temperature must be above 0, not {self.temperature}: leave it out for greedy decoding",
+        )
         _require(self.top_k >= 0, f"top_k must be 0 (all tokens) or more, not {self.top_k}")
         _require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
 

@@ -5,15 +5,16 @@ Frozen parts that somebody else made are not in it: the configuration names them
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blip2.config import Blip2Config, write_config
 from blip2.errors import CheckpointError
+from blip2.files import replacing
 from blip2.model.bridge import Bridge
 
 FROZEN_WORDS = "qformer.words.weight"  # belongs to the frozen text part where the configuration says so
@@ -40,10 +41,9 @@ def save(
         _write(trained(bridge), directory / "bridge.safetensors", dtype)
         if vision is not None:
             _write(vision.state_dict(), directory / "vision.safetensors", dtype)
-        partial = directory / "config.json.partial"
-        write_config(config, partial)
-        partial.replace(directory / "config.json")
-    except OSError as error:
+        with replacing(directory / "config.json") as partial:
+            write_config(config, partial)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise CheckpointError(
             f"{directory}: the model cannot be written: {error}; free some space or choose another"
         ) from error
@@ -58,16 +58,6 @@ def trained(bridge: Bridge) -> dict[str, Tensor]:
 
 
 def _write(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    """A safetensors file, moved into place once it is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(
-            {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()},
-            partial,
-        )
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except Exception as error:  # safetensors has its own error type for a failed write
-        partial.unlink(missing_ok=True)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    stored = {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
+    with replacing(path) as partial:
+        save_file(stored, partial)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blip2.adapters.parts import MANIFEST, cache_root, check, converted, fingerprint, require
+from blip2.adapters.parts import MANIFEST, check, converted, fingerprint, require
 from blip2.errors import CheckpointError, MissingExtraError
 
 FORK = multiprocessing.get_context("fork")  # a fresh interpreter would import torch for seconds
@@ -57,16 +57,6 @@ def test_a_part_is_built_once_and_announced_on_stderr_only(capsys: pytest.Captur
     assert convert(never) == directory
     assert capsys.readouterr() == ("", "preparing part once\n")
     assert not beside(directory)
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert cache_root() == tmp_path / "cache"
-    monkeypatch.delenv("BLIP2_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_root() == tmp_path / "blip2"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_root() == tmp_path / "home" / ".cache" / "blip2"
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
