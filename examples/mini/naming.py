@@ -55,7 +55,7 @@ class Naming:
     def head_nouns(self, text: str) -> tuple[str, ...]:
         """The head noun's lemma, then the longer WordNet nouns that end in it: `bear`, `polar bear`.
 
-        Empty where the text names nothing.
+        Only the longer where it is something else: `sea lion`. Empty where the text names nothing.
         """
         words = re.findall(
             r"[a-z]+(?:[-'][a-z]+)*|[.,;:!?]", _OPENINGS.sub("", text.lower().replace("close up", "close-up"))
@@ -110,9 +110,15 @@ class Naming:
         return noun
 
     def _with_compounds(self, phrase: list[str]) -> tuple[str, ...]:
+        """The head and the compounds that end in it; the head falls where a compound is no kind of it: `sea lion`."""
         head = self._singular(phrase[-1]) or phrase[-1]
         longer = (" ".join([*phrase[start:-1], head]) for start in range(len(phrase) - 2, -1, -1))
-        return (head, *(name for name in longer if self.wordnet.senses(name)))
+        compounds = [name for name in longer if self.wordnet.senses(name)]
+        return (head, *compounds) if all(self._is_kind(name, head) for name in compounds) else tuple(compounds)
+
+    def _is_kind(self, name: str, head: str) -> bool:
+        senses = self.wordnet.senses
+        return any(self.wordnet.is_kind_of(one, other) for one in senses(name) for other in senses(head))
 
     def _meanings(self, noun: str) -> frozenset[object]:
         """The noun itself and its synsets: two nouns are synonyms where these meet."""
