@@ -61,9 +61,7 @@ def run_ranks(values: dict[str, Any], ranks: int) -> list[int | None]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        start(run_tiny, values, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)
-    ]
+    processes = [start(run_tiny, values, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
     return [finish(process) for process in processes]
 
 

@@ -10,7 +10,8 @@ import torch
 from processes import finish, run_ranks, run_tiny, said, start
 
 from blip2.train import checkpoint
-from blip2.train.distributed import World
+from blip2.train.distributed import World, _Gather, join_world  # pyright: ignore[reportPrivateUsage]
+from blip2.train.log import say
 from blip2.weights import load
 
 CLOSE = 1e-5  # of losses and gradients: float32 sums in another order; the worst measured is 4e-8 for a gradient
@@ -77,6 +78,51 @@ def test_a_batch_that_ranks_cannot_share_is_refused(data: Path, tmp_path: Path):
     values = tiny.recipe(data, tmp_path / "run", batch_size=15)
     assert run_ranks(values, 2) == [1, 1]
     assert "batch_size: parts of 15 rows cannot be shared by 2 ranks" in said(values).read_text()
+
+
+@pytest.mark.parametrize(
+    ("device", "calls"),
+    [
+        ("auto", [("device", torch.device("cuda", 1)), ("backend", "cpu:gloo,cuda:nccl")]),
+        ("cuda", [("device", torch.device("cuda", 1)), ("backend", "cpu:gloo,cuda:nccl")]),
+        ("cpu", [("backend", "gloo")]),
+    ],
+)
+def test_a_rank_has_its_device_before_it_meets_the_others_and_a_backend_that_fits(
+    device: str, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    made: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: made.append(("device", chosen)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: made.append(("backend", backend)))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert join_world(device) == World(1, 2, 1)
+    assert made == calls
+
+
+def test_gathering_leaves_autograd_s_own_gradient_alone(monkeypatch: pytest.MonkeyPatch):
+    def everyone_has_the_same(parts: list[torch.Tensor], rows: torch.Tensor) -> None:
+        for part in parts:
+            part.copy_(rows)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", everyone_has_the_same)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))
+    rows = torch.ones(2, 3, requires_grad=True)
+    gradient = torch.ones(4, 3)
+    _Gather.apply(rows, World(0, 2)).backward(gradient)  # type: ignore[union-attr]
+    assert rows.grad is not None
+    assert rows.grad.eq(2).all()
+    assert gradient.eq(1).all()
+
+
+def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        say(f"rank {rank}")
+    assert capsys.readouterr().err == "rank 0\n"
 
 
 def test_a_process_alone_calls_nothing_distributed():

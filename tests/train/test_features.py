@@ -1,5 +1,6 @@
 """The feature cache: right after any interruption, shared by runs, never computed twice."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -36,6 +37,7 @@ class Encoder:
     mean: tuple[float, float, float] = SETTINGS[1]
     std: tuple[float, float, float] = SETTINGS[2]
     scale: float = 1.0
+    layout: int = 0
     seen: int = 0
     before: Callable[[int], None] = field(default=lambda _: None)
 
@@ -100,17 +102,73 @@ def test_another_encoder_transform_picture_or_augmentation_is_another_cache(tmp_
     samples = make_pictures(tmp_path, 3)
     make_cache(tmp_path, samples, views=2, augment=VIEWS)
 
-    def computed(encoder_id: str = "toy 1", transform: Any = TRANSFORM, augment: Any = VIEWS) -> int:
-        encoder = Encoder()
+    def computed(encoder_id: str = "toy 1", transform: Any = TRANSFORM, augment: Any = VIEWS, layout: int = 0) -> int:
+        encoder = Encoder(layout=layout)
         FeatureCache(tmp_path / "cache", encoder, encoder_id, transform, samples, views=2, augment=augment)
         return encoder.seen
 
     assert computed() == 0
     assert computed(encoder_id="toy 2") == 6
+    assert computed(layout=1) == 6
     assert computed(transform=image.Transform(8, (0.4, 0.5, 0.5), (0.5, 0.5, 0.5))) == 6
     assert computed(augment=image.RandomView(*SETTINGS, scale=(0.2, 1.0))) == 3
     Image.new("RGB", (12, 10), "red").save(tmp_path / "1.png")
     assert computed() == 6
+
+
+class Weighted(torch.nn.Module):
+    """An encoder with a weight, and so with a type of number."""
+
+    width, image_size, mean, std = 3, *SETTINGS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(1 / 3))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return Encoder()(pixels * self.factor)
+
+
+def test_features_of_a_half_precision_encoder_are_not_taken_for_those_of_the_full_one(tmp_path: Path):
+    samples = make_pictures(tmp_path, 2)
+    full, half = (everything(make_cache(tmp_path, samples, encoder)) for encoder in (Weighted(), Weighted().bfloat16()))
+    assert not torch.equal(full, half)
+
+
+def test_pictures_are_read_again_only_if_they_were_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    samples = make_pictures(tmp_path, 4)
+    for path in tmp_path.glob("*.png"):
+        os.utime(path, (1e9, 1e9))
+    make_cache(tmp_path, samples)
+    read: list[str] = []
+    original = ImageRef.read
+    monkeypatch.setattr(ImageRef, "read", lambda ref: read.append(ref.path.name) or original(ref))
+    make_cache(tmp_path, samples)
+    assert read == []
+    content = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content)
+    os.utime(tmp_path / "1.png", (1e9 + 1, 1e9 + 1))
+    changed = make_cache(tmp_path, samples)
+    assert read[0] == "1.png"
+    assert torch.equal(everything(changed)[1], everything(changed)[3])
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[1, 2]", b'{"x": 1}', b"\xff"])
+def test_a_damaged_memory_of_pictures_is_as_good_as_none(tmp_path: Path, damage: bytes):
+    samples = make_pictures(tmp_path, 2)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "pictures.json").write_bytes(damage)
+    assert torch.equal(everything(make_cache(tmp_path, samples)), right(samples))
+
+
+def test_a_picture_changed_just_now_is_not_remembered_for_it_may_change_within_a_tick(tmp_path: Path):
+    samples = make_pictures(tmp_path, 2)
+    os.utime(tmp_path / "0.png", (1e9, 1e9))
+    os.utime(tmp_path / "1.png", (time.time() + 60, time.time() + 60))
+    make_cache(tmp_path, samples)
+    (place,) = json.loads((tmp_path / "cache" / "pictures.json").read_text())
+    assert place.startswith(str(tmp_path / "0.png"))
 
 
 def test_what_has_no_stable_name_cannot_be_cached(tmp_path: Path):
@@ -169,7 +227,7 @@ def test_two_runs_share_one_cache(tmp_path: Path):
 def test_torn_data_without_its_mark_is_computed_again(tmp_path: Path):
     samples = make_pictures(tmp_path, 4)
     make_cache(tmp_path, samples)
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     content = bytearray((folder / "features").read_bytes())
     content[30:40] = b"\xff" * 10
     (folder / "features").write_bytes(content)

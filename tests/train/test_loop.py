@@ -4,7 +4,9 @@ import json
 import math
 import resource
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import filelock
@@ -13,10 +15,13 @@ import tiny
 import torch
 import typer
 
+import blip2
 from blip2.cli import train as command
 from blip2.errors import Blip2Error, CheckpointError, ConfigError, DataError
-from blip2.train import checkpoint, loop, optimizer, parts
-from blip2.train.distributed import pick_device
+from blip2.train import checkpoint, loop, optimizer, parts, report
+from blip2.train.distributed import World, pick_device
+from blip2.train.folder import Folder, open_folder
+from blip2.train.log import Log
 from blip2.train.loop import read_ahead, train
 from blip2.train.recipe import parse
 from blip2.train.report import Report
@@ -98,6 +103,45 @@ def test_an_output_that_is_a_file_is_refused(shapes: Path, tmp_path: Path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+def test_what_a_run_cannot_read_is_not_blamed_on_its_output(shapes: Path, tmp_path: Path):
+    with pytest.raises(PermissionError), open_folder(parse(tiny.recipe(shapes, tmp_path / "run")), World()):
+        raise PermissionError(13, "Permission denied", "shard.tar")
+    with open_folder(parse(tiny.recipe(shapes, tmp_path / "run")), World()):
+        pass  # the lock was given back
+
+
+def test_the_model_is_saved_even_if_its_report_fails(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> Report:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "make", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run(shapes, tmp_path / "run", steps=1)
+    assert bridge(tmp_path / "run")
+
+
+def test_a_package_that_is_used_without_being_installed_is_reported(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    find = metadata.Distribution.from_name
+
+    def missing(name: str) -> metadata.Distribution:
+        if name == "blip2":
+            raise metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", missing)
+    assert run(shapes, tmp_path / "run", steps=1).versions["blip2"] == blip2.__version__
+
+
+def test_an_overflow_of_half_precision_is_null_in_the_log(tmp_path: Path):
+    with Log(Folder(tmp_path), steps=2, done=0, every=1) as log:
+        log.step(1, 0.1, {"itc": 1.0}, math.inf)
+        log.step(2, 0.1, {"itc": 1.0}, 2.5)
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+    assert [line["norm"] for line in metrics(tmp_path)] == [None, 2.5]
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing_of_it(shapes: Path, tmp_path: Path):
     with pytest.raises(Blip2Error, match=r"step \d+: the (loss|gradient) is no number any more"):
         run(shapes, tmp_path / "run", lr=1e30, clip=None, warmup=0, save_every=1)
@@ -164,24 +208,6 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on_from_the_o
     last.unlink()
     run(shapes, tmp_path / "run")
     assert metrics(tmp_path / "run") == log
-
-
-def test_a_start_of_another_shape_is_refused(shapes: Path, tmp_path: Path):
-    run(shapes, tmp_path / "one", steps=1)
-    with pytest.raises(CheckpointError, match=r"query_tokens"):
-        run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "one"), model=tiny.model(queries=5))
-    with pytest.raises(ConfigError, match="holds no model"):
-        run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "nowhere"), model=None)
-
-
-def test_stage_two_goes_on_from_a_stage_one_without_language_model(shapes: Path, tmp_path: Path):
-    run(shapes, tmp_path / "one", steps=2, model=tiny.model() | {"language": None})
-    with pytest.raises(ConfigError, match="stage 2 needs a language model"):
-        run(shapes, tmp_path / "two", steps=2, stage=2, start=str(tmp_path / "one"), model=None)
-    run(shapes, tmp_path / "two", steps=2, stage=2, start=str(tmp_path / "one"))
-    one, two = bridge(tmp_path / "one"), bridge(tmp_path / "two")
-    assert torch.equal(one["qformer.words.weight"], two["qformer.words.weight"]), "stage 2 reads no text"
-    assert "language_projection.weight" in two.keys() - one.keys()
 
 
 def test_class_names_train_beside_pictures_and_need_an_encoder_with_classes(shapes: Path, tmp_path: Path):
@@ -305,6 +331,13 @@ def test_the_command_prints_the_model_s_folder_and_a_stop_is_exit_code_130(
     monkeypatch.setattr(parts, "named_parts", lambda _: tiny.parts())
     command.train(str(recipe), ["steps=1"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "model")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", lambda _: SimpleNamespace(model=tmp_path))
+        command.train(str(recipe), ["steps=1"])
+    assert capsys.readouterr().out == "", "only the first rank prints it"
 
     def stopped(_: object) -> None:
         raise loop.Interrupted("stopped after step 7")

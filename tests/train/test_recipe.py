@@ -24,6 +24,7 @@ data: {data}
 steps: 3
 batch_size: 8
 lr: 1e-4
+text_length: 16
 """
 
 

@@ -264,6 +264,34 @@ def test_class_names_become_captions_of_prototypes(tmp_path: Path):
     assert sample.captions == ("a photo of an owl", "a photo of a hawk")
 
 
+@pytest.mark.parametrize("template", ["{name}", "{} and {}", "a {", "{0.shape}"])
+def test_a_template_that_does_not_fit_is_named(tmp_path: Path, template: str):
+    (tmp_path / "c.jsonl").write_text('{"class": 3, "names": ["owl"]}\n')
+    with pytest.raises(DataError) as error:
+        sources.read(tmp_path / "c.jsonl", "classes", templates=["{}", template])
+    assert f"c.jsonl: the template {template!r} does not fit" in str(error.value)
+
+
+def test_questions_that_are_no_list_are_named_by_file_and_line(tmp_path: Path):
+    pictures(tmp_path, "a.jpg")
+    (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "a cat", "questions": 5}\n')
+    with pytest.raises(DataError, match=r"t\.jsonl:1: questions must be a list of pairs .*, not 5"):
+        sources.read(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "a cat"}\n')
+    (tmp_path / "q.jsonl").write_text('{"id": "a.jpg", "questions": 5}\n')
+    with pytest.raises(DataError, match=r"q\.jsonl:1: questions must be a list of pairs"):
+        sources.read(tmp_path / "t.jsonl", questions=tmp_path / "q.jsonl")
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "shards" / "a.tar").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"a\.tar: cannot be read: Is a directory"):
+        sources.read(tmp_path / "shards")
+    (tmp_path / "coco" / "annotations" / "captions_val.json").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"captions_val\.json: cannot be read: Is a directory"):
+        sources.read(tmp_path / "coco", split="val")
+
+
 def test_questions_beside_a_data_set_join_it_by_id(tmp_path: Path):
     shard(tmp_path / "a.tar", ["cat", "dog"])
     (tmp_path / "q.jsonl").write_text('{"id": "dog", "questions": [["what?", "a dog"]]}\n')

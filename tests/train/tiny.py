@@ -59,6 +59,7 @@ def recipe(data: Path | list[dict[str, Any]], output: Path, **changes: Any) -> d
         "clip": 1.0,
         "workers": 0,
         "save_every": 4,
+        "text_length": 16,
         "device": "cpu",
         "features": {"augment": False},
     }

@@ -22,6 +22,7 @@ IMAGE_SIZE = 260
 WIDTH = 1280
 MAP_SIDE = 9  # of the last feature map, for an input of IMAGE_SIZE
 TOP_CLASSES = 5
+LAYOUT = 1  # raised whenever the tokens mean something else: their order, number, scale or constants
 
 # Median RMS of a token, over 384 training pictures of Flickr8k: the pooled feature, and the map pooled to 5x5.
 POOLED_RMS = 0.373
@@ -48,6 +49,7 @@ class EfficientNetLite(nn.Module):
     """
 
     width = WIDTH
+    layout = LAYOUT
     image_size = IMAGE_SIZE
     mean = (127 / 255, 127 / 255, 127 / 255)
     std = (128 / 255, 128 / 255, 128 / 255)

@@ -59,6 +59,11 @@ class TransformersLM(nn.Module):
         """The most positions that prefix and text may fill together."""
         return self._context
 
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the prefix is read by an encoder of its own."""
+        return isinstance(self._body, _EncoderDecoder)
+
     def train(self, mode: bool = True) -> TransformersLM:  # noqa: ARG002
         """Stays in evaluation mode: the model is frozen, and dropout would disturb what is trained through it."""
         return super().train(False)

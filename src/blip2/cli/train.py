@@ -31,6 +31,7 @@ def train(
     blip2 caption photo.jpg --model runs/stage2/model
     ```
     """
+    from blip2.train.distributed import first_rank
     from blip2.train.loop import train as run
     from blip2.train.recipe import read
 
@@ -39,7 +40,8 @@ def train(
     except KeyboardInterrupt as stop:
         note(str(stop) or "stopped at once; the same command goes on from the last checkpoint")
         raise typer.Exit(130) from None
-    result(str(report.model))
+    if first_rank():
+        result(str(report.model))
 
 
 def find_recipe(name: str) -> Path:

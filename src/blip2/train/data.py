@@ -5,7 +5,6 @@ Letters: B rows of this rank, T text positions, P patches, D width.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from blip2 import image
 from blip2.config import PromptConfig
 from blip2.errors import DataError, ImageError
 from blip2.text import Tokenizer, pad
+from blip2.train.draws import draw_seed
 from blip2.train.objectives import Batch
 from blip2.train.sources import ImageRef, Prototype, Sample
 
@@ -121,7 +121,7 @@ class Mixture:
         epoch, place = divmod(position, len(samples))
         index = int(self._order(source, epoch, most)[place])
         sample = samples[index]
-        start = _number(self.seed, source, index)
+        start = draw_seed(self.seed, source, index)
         asks = sample.questions and (
             not sample.captions or _share(self.seed, source, index, epoch, "asks") < self.questions
         )
@@ -129,10 +129,10 @@ class Mixture:
             source=source,
             sample=index,
             caption=(start + epoch) % len(sample.captions) if sample.captions else None,
-            question=_number(self.seed, source, index, epoch, "question") % len(sample.questions) if asks else None,
+            question=draw_seed(self.seed, source, index, epoch, "question") % len(sample.questions) if asks else None,
             view=0
             if isinstance(sample.image, Prototype)
-            else _number(self.seed, source, index, epoch, "view") % self.views,
+            else draw_seed(self.seed, source, index, epoch, "view") % self.views,
         )
 
     def _order(self, source: int, epoch: int, most: int) -> NDArray[np.int64]:
@@ -160,17 +160,12 @@ def _apart(before: NDArray[np.int64], order: NDArray[np.int64], window: int) -> 
     return np.array(head + waiting, dtype=np.int64)
 
 
-def _number(*key: object) -> int:
-    """63 bits that depend on the key alone, the same on every machine and in every release of Python and numpy."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
-
-
 def _share(*key: object) -> float:
-    return _number(*key) / 2**63
+    return draw_seed(*key) / 2**63
 
 
 def _permutation(size: int, *key: object) -> NDArray[np.int64]:
-    return np.argsort(np.random.Philox(key=_number(*key)).random_raw(size), kind="stable")
+    return np.argsort(np.random.Philox(key=draw_seed(*key)).random_raw(size), kind="stable")
 
 
 def clean_caption(text: str) -> str:
@@ -214,7 +209,7 @@ class Texts:
         assert draw.caption is not None
         prompt, words = self.prompts.caption, self.caption(sample.captions[draw.caption]).split(" ")
         if self.prefix_lm and len(words) > 1:
-            cut = 1 + _number(*key) % (len(words) // 2)
+            cut = 1 + draw_seed(*key) % (len(words) // 2)
             prompt = f"{prompt} {' '.join(words[:cut])}".lstrip()
             words = words[cut:]
         return prompt, " ".join(words)
@@ -367,4 +362,4 @@ class Pixels:
             return self.transform([picture])[0]
         if self.augment is None:
             raise DataError(f"view {view} is asked for, but no augmentation is given")
-        return self.augment(picture, _number("view", self.ids[row], view))
+        return self.augment(picture, draw_seed("view", self.ids[row], view))

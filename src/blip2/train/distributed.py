@@ -78,30 +78,42 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may still need its own
         dist.all_reduce(gradient)
         return ctx.world.own(gradient, ctx.count), None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def join_world() -> World:
+def first_rank() -> bool:
+    """Whether this process is the one of its peers that talks to people; also before they have found each other."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def join_world(device: str = "auto") -> World:
     """The world that `torchrun` describes in the environment, or a process alone.
 
-    Starts the process group (nccl where there is CUDA, gloo elsewhere) if there are several.
+    Starts the process group if there are several: nccl for what is on CUDA, gloo for what is not.
+
+    Args:
+        device: as for `pick_device`. It becomes the current one first, since nccl runs a barrier there.
+    Raises:
+        ConfigError: no such device.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = pick_device(device, local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, local_rank)
 
 
 @contextmanager
-def world() -> Generator[World, None, None]:
+def world(device: str = "auto") -> Generator[World, None, None]:
     """`join_world`, and leave it at the end."""
     joined = dist.is_initialized()
     try:
-        yield join_world()
+        yield join_world(device)
     finally:
         if dist.is_initialized() and not joined:
             dist.destroy_process_group()

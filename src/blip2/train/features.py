@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from blip2.errors import DataError
 from blip2.protocols import ImageEncoder
 from blip2.train.data import Pixels
+from blip2.train.digests import picture_digests
 from blip2.train.sources import Prototype, Sample
 
 _TODO, _DONE, _DROPPED = range(3)  # marks, one byte a picture
@@ -40,7 +41,8 @@ class FeatureCache:
 
     Args:
         directory: holds any number of caches.
-        encoder: frozen; called without gradient.
+        encoder: frozen; called without gradient. Its type of number and its `layout`, where it has one, are part of
+            the key.
         encoder_id: what tells it from others: name, SHA-256 of its weights, and whatever else shapes its output.
         transform: RGB pictures to float[B, 3, H, W]; its `repr` is part of the key, so it must state every setting.
         samples: with pictures.
@@ -77,12 +79,16 @@ class FeatureCache:
                 )
         pixels = Pixels(samples, transform, augment)
         content = hashlib.sha256()
-        for sample, ref in zip(samples, pixels.refs, strict=True):
-            content.update(json.dumps([sample.id, hashlib.sha256(ref.read()).hexdigest()]).encode())
+        with _disk(Path(directory)):
+            digests = picture_digests(pixels.refs, Path(directory) / "pictures.json")
+        for sample, digest in zip(samples, digests, strict=True):
+            content.update(json.dumps([sample.id, digest]).encode())
+        weight = _weight(encoder)
+        identity = [encoder_id, getattr(encoder, "layout", 0), str(torch.float32 if weight is None else weight.dtype)]
         self._views: list[_View] = []
         for view in range(views):
             seen = None if view == 0 else [view, repr(augment)]
-            key = json.dumps([encoder_id, repr(transform), content.hexdigest(), seen])
+            key = json.dumps([*identity, repr(transform), content.hexdigest(), seen])
             stored = _View(Path(directory) / hashlib.sha256(key.encode()).hexdigest()[:24], len(samples))
             report = None if progress is None else _offset(progress, view * len(samples), views * len(samples))
             with _disk(Path(directory)):
@@ -231,9 +237,14 @@ def _open(pixels: Pixels, row: int, view: int, unreadable: Literal["error", "dro
         return None
 
 
+def _weight(encoder: ImageEncoder) -> Tensor | None:
+    """Any of its weights: they share device and type."""
+    return next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
+
+
 def _encode(encoder: ImageEncoder, images: Tensor, pixels: Pixels, rows: Sequence[int]) -> NDArray[np.float16]:
     """float16[B, P, D]."""
-    weight = next(encoder.parameters(), None) if isinstance(encoder, nn.Module) else None
+    weight = _weight(encoder)
     with torch.inference_mode():
         patches = encoder(images if weight is None else images.to(weight)).half()
     if not patches.isfinite().all():

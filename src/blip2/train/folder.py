@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,26 +80,26 @@ def open_folder(recipe: Recipe, world: World) -> Generator[Folder, None, None]:
     """The output folder, locked until the end, its earlier run being one that this recipe can go on with.
 
     Raises:
-        ConfigError: another run writes there now, or its earlier run was under another recipe.
+        ConfigError: no folder can be there, another run writes there now, or its earlier run was under another recipe.
     """
     folder = Folder(recipe.output)
     if world.rank > 0:
         world.wait()  # until rank 0 has the lock and the folder is in order
         yield folder
         return
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder.path / ".lock", timeout=0)
-        with lock:
+    with ExitStack() as until_the_end:
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            until_the_end.enter_context(filelock.FileLock(folder.path / ".lock", timeout=0))
             _prepare(folder, recipe)
-            world.wait()
-            yield folder
-    except filelock.Timeout:
-        raise ConfigError(
-            f"{folder.path}: another run writes here now; wait for its end, or choose another `output`"
-        ) from None
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ConfigError(f"output: {folder.path} cannot be a folder for the run: {error.strerror}") from None
+        except filelock.Timeout:
+            raise ConfigError(
+                f"{folder.path}: another run writes here now; wait for its end, or choose another `output`"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"output: {folder.path} cannot be a folder for the run: {error.strerror}") from None
+        world.wait()
+        yield folder
 
 
 def _prepare(folder: Folder, recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from datetime import timedelta
 from typing import Any, Self
 
 from blip2.errors import CheckpointError
+from blip2.train.distributed import first_rank
 from blip2.train.folder import Folder
 
 PLAIN_SECONDS = 15.0  # between two lines where standard error is no terminal
@@ -38,9 +40,9 @@ class Log:
         Args:
             step: counted from 1.
             rate: the learning rate it was made with.
-            norm: of the gradient, before it was clipped.
+            norm: of the gradient, before it was clipped; null in the file where float16 has overflowed.
         """
-        self._write({"step": step, "lr": rate, "norm": norm, **losses})
+        self._write({"step": step, "lr": rate, "norm": norm if math.isfinite(norm) else None, **losses})
         self._bar.show(step, losses)
         if self._board is not None and step % self._every == 0:
             for name, value in {"lr": rate, "norm": norm, **{f"loss/{name}": x for name, x in losses.items()}}.items():
@@ -75,8 +77,9 @@ class Log:
 
 
 def say(text: str) -> None:
-    """A line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person who watches; of several ranks only the first speaks."""
+    if first_rank():
+        print(text, file=sys.stderr, flush=True)
 
 
 def now_and_then(text: str) -> Callable[[int, int], None]:

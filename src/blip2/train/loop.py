@@ -22,13 +22,14 @@ import torch
 from blip2.train import checkpoint, distributed, optimizer, report
 from blip2.train.checkpoint import Average, State
 from blip2.train.distributed import World
+from blip2.train.draws import draw_seed
 from blip2.train.folder import Folder, open_folder
 from blip2.train.log import Log, say
 from blip2.train.objectives import Batch
 from blip2.train.parts import Job, Parts, assemble
 from blip2.train.recipe import Recipe
 from blip2.train.report import Report
-from blip2.train.update import Precision, Update, draw_seed
+from blip2.train.update import Precision, Update
 
 _PATIENCE = 2.0  # seconds in which a second signal is taken for an echo of the first (torchrun sends one)
 
@@ -52,7 +53,7 @@ def train(recipe: Recipe, parts: Parts | None = None) -> Report:
         Interrupted: Ctrl-C or SIGTERM.
     Source: BLIP-2, section 3.
     """
-    with distributed.world() as world, open_folder(recipe, world) as folder:
+    with distributed.world(recipe.device) as world, open_folder(recipe, world) as folder:
         device = distributed.pick_device(recipe.device, world.local_rank)
         precision = Precision.choose(recipe.precision, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -123,9 +124,10 @@ def finish(
         selected = best["step"]
     elif state.average:
         state.average.apply()
+    if world.rank == 0:
+        job.save(folder.model)  # before the report, which is worth less
     made = report.make(folder, recipe, seconds=state.seconds, selected=selected, parameters=parameters, device=device)
     if world.rank == 0:
-        job.save(folder.model)
         report.write(made, folder)
     world.wait()  # the model is there when any rank returns
     return made

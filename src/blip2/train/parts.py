@@ -107,12 +107,18 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     config = model_config(recipe)
     if recipe.stage == 2 and config.language is None:
         raise ConfigError("stage 2 needs a language model; name one under model.language")
+    if _reads_texts(recipe) and recipe.text_length > config.qformer.positions:
+        raise ConfigError(
+            f"text_length: {recipe.text_length} is more than the Q-Former's text has positions, "
+            f"{config.qformer.positions}; lower it, or raise model.qformer.positions"
+        )
     rows = recipe.batch_size // recipe.accumulate  # of one part of a step
     if rows % world.size:
         raise ConfigError(f"batch_size: parts of {rows} rows cannot be shared by {world.size} ranks")
-    parts = parts or named_parts(config)
-    data = [read_data(source, recipe, config, parts, device, half) for source in recipe.data]
+    given = parts or named_parts(config)
+    parts = dataclasses.replace(given, encoder=cache(lambda: _frozen(given.encoder(), device, half)))
     texts = make_texts(recipe, config, parts)
+    data = [read_data(source, recipe, config, parts) for source in recipe.data]
     bridge = start_bridge(recipe, config, parts.text).to(device)
     mixture = Mixture(
         [(each.samples, source.weight) for each, source in zip(data, recipe.data, strict=True)],
@@ -125,8 +131,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     validate = None
     if recipe.validate_ is not None:
         held_out = [
-            read_data(source, recipe, config, parts, device, half, limit=recipe.validate_.limit)
-            for source in recipe.validate_.data
+            read_data(source, recipe, config, parts, limit=recipe.validate_.limit) for source in recipe.validate_.data
         ]
         validate = Validation(bridge, objective([*data, *held_out]), held_out, texts, rows, world, device)
     return Job(
@@ -140,15 +145,32 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
 
 
 def make_texts(recipe: Recipe, config: Blip2Config, parts: Parts) -> Texts:
-    """How captions and questions become ids: for the Q-Former in stage 1, for the language model in stage 2."""
-    reads = recipe.stage == 1 or recipe.keep > 0
+    """How captions and questions become ids: for the Q-Former in stage 1, for the language model in stage 2.
+
+    Raises:
+        ConfigError: captions are to be cut, and the softmax runs over the words of whole ones.
+    """
+    language, tokenizer = parts.language() if recipe.stage == 2 else (None, None)
+    prefix_lm = recipe.prefix_lm
+    if prefix_lm is None:
+        prefix_lm = getattr(language, "encoder_decoder", False)
+    if prefix_lm and recipe.vocabulary == "used":
+        raise ConfigError(
+            "vocabulary: this language model is an encoder-decoder, whose captions are cut at random, so that their "
+            "words vary; write vocabulary=all, or prefix_lm=false"
+        )
     return Texts(
-        qformer=parts.text().tokenizer if reads else None,
-        language=parts.language()[1] if recipe.stage == 2 else None,
+        qformer=parts.text().tokenizer if _reads_texts(recipe) else None,
+        language=tokenizer,
         prompts=config.prompts,
-        prefix_lm=recipe.prefix_lm,
+        prefix_lm=prefix_lm,
         max_length=recipe.text_length,
     )
+
+
+def _reads_texts(recipe: Recipe) -> bool:
+    """Whether the Q-Former reads captions."""
+    return recipe.stage == 1 or recipe.keep > 0
 
 
 def read_data(
@@ -156,8 +178,6 @@ def read_data(
     recipe: Recipe,
     config: Blip2Config,
     parts: Parts,
-    device: torch.device,
-    half: torch.dtype,
     limit: int | None = None,
 ) -> Data:
     """A source's samples and their images: cached features, class prototypes or pixels.
@@ -183,7 +203,7 @@ def read_data(
     views = 1 if limit is not None else features.views
     stored = FeatureCache(
         features.cache,
-        _frozen(encoder, device, half),
+        encoder,
         f"{part.name} {parts.digest(part)}",
         transform,
         samples,
@@ -208,7 +228,7 @@ def _objective(
     data: Sequence[Data],
 ) -> nn.Module:
     """What is minimised; the softmax runs over the words of the data where the recipe says so."""
-    encoder = _frozen(parts.encoder(), device, half) if recipe.features.cache is None else None
+    encoder = parts.encoder() if recipe.features.cache is None else None
     scale = 1.0 if recipe.stage == 1 else recipe.keep
     captions = [texts.caption(caption) for each in data for sample in each.samples for caption in sample.captions]
     first = None

@@ -140,7 +140,8 @@ class Recipe(Section):
         output: folder of the run: its log, checkpoints, report and, at the end, the model.
         preset: where defaults come from.
         model: a name of `config.PRESETS`, or a mapping: `preset` and what differs from it; left out, that of `start`.
-        start: folder of an earlier run, or of a saved model, whose bridge this run goes on from.
+        start: folder of an earlier run, or of a saved model, whose bridge this run goes on from; `mini` is the model
+            that comes with the package.
         batch_size: pairs of one update, over all ranks and accumulated parts.
         accumulate: parts that a batch is computed in, each with its own contrast and gradient; they add up.
         lr, min_lr, warmup, warmup_from, schedule: linear from `warmup_from` to `lr` in `warmup` steps, then a cosine to
@@ -153,11 +154,12 @@ class Recipe(Section):
         text_length: most tokens of a text, cut on the right.
         vocabulary: the words that a softmax runs over: `used` in the training texts, or `all`.
         smoothing: label smoothing of ITC and ITG.
-        itm_share, itg_share: share of the rows that ITM and ITG learn from; 1 as published.
+        itm_share, itg_share: share of the rows that ITM and ITG learn from; 1 as published. Each rank takes the first
+            of its own rows, so unless both are 1 several ranks learn from other pairs than one process would.
         gather_gradient: ITC's gradient crosses ranks.
         questions: share of the pairs of stage 2 that are question and answer, where the data have both.
         prefix_lm: a caption is cut at random, the language model reads the first words and writes the rest: the
-            paper's way with encoder-decoders.
+            paper's way with encoder-decoders, and what happens to these where the key is left out.
         keep: weight at which the stage-1 losses go on in stage 2; 0 as in the paper.
         resume: go on where the output folder stands; False starts it over.
     """
@@ -197,7 +199,7 @@ class Recipe(Section):
     itg_share: float = Field(default=1.0, gt=0, le=1)
     gather_gradient: bool
     questions: float = Field(default=0.0, ge=0, le=1)
-    prefix_lm: bool = False
+    prefix_lm: bool | None = None
     keep: float = Field(default=0.0, ge=0)
     validate_: Validate | None = Field(default=None, alias="validate")
     save_every: int = Field(default=500, ge=1)

@@ -7,13 +7,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+import blip2
 from blip2.train.folder import Folder
 from blip2.train.recipe import Recipe
 
@@ -68,7 +68,7 @@ def make(
         selected=selected,
         parameters=parameters,
         machine=_machine(device),
-        versions={name: version(name) for name in ("blip2", "torch")} | {"python": platform.python_version()},
+        versions={"blip2": blip2.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         recipe=recipe.values(),
         model=folder.model,
     )

@@ -68,13 +68,14 @@ def groups(pattern: str) -> Iterator[Group]:
     Args:
         pattern: a tar, a folder of tars, `a-{000..004}.tar`, `{a,b}.tar` or `a-*.tar`.
     Raises:
-        DataError: no such shard, a shard cut short (it names the last whole sample), or a member twice.
+        DataError: no such shard, one that cannot be read or is cut short (it names the last whole sample), or a
+            member twice.
     """
     for shard in _shards(pattern):
         key, parts, whole = "", dict[str, ImageRef](), "none"
-        size = shard.stat().st_size
-        end = 0
+        size = end = 0
         try:
+            size = shard.stat().st_size
             for member in _members(shard):
                 stem, suffix = _key(member.name)
                 if stem != key and parts:
@@ -85,6 +86,8 @@ def groups(pattern: str) -> Iterator[Group]:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key = stem
                 parts[suffix] = ImageRef(shard, member.offset_data, member.size)
+        except OSError as error:
+            raise DataError(f"{shard}: cannot be read: {error.strerror or error}") from None
         except tarfile.TarError as error:
             if end == 0:
                 raise DataError(f"{shard}: not a readable tar: {error}") from None

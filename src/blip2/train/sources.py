@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from blip2.errors import DataError
 from blip2.train import shards
@@ -131,8 +131,10 @@ def _sample(
 
 
 def _pairs(place: str, questions: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(questions, list | tuple):
+        raise DataError(f"{place}: questions must be a list of pairs [question, answer], not {questions!r}")
     pairs: list[tuple[str, str]] = []
-    for pair in questions:
+    for pair in cast("Sequence[Any]", questions):
         match pair:
             case [str(question), str(answer)] if question.strip() and answer.strip():
                 pairs.append((question.strip(), answer.strip()))
@@ -252,7 +254,11 @@ def _coco(root: Path, split: str | None) -> Iterator[tuple[str, Sample]]:
     if split not in there:
         raise DataError(f"{root}: COCO needs a split, one of {', '.join(there) or 'none found'}, not {split!r}")
     source = root / "annotations" / f"captions_{split}.json"
-    data = _json(str(source), source.read_bytes())
+    try:
+        text = source.read_bytes()
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from None
+    data = _json(str(source), text)
     try:
         captions: dict[int, list[str]] = {}
         for row in data["annotations"]:
@@ -315,6 +321,11 @@ def _folder(root: Path) -> Iterator[tuple[str, Sample]]:
 
 
 def _classes(path: Path, templates: Sequence[str]) -> Iterator[tuple[str, Sample]]:
+    for template in templates:
+        try:
+            template.format("a name")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise DataError(f"{path}: the template {template!r} does not fit ({error}); `{{}}` is the name") from None
     for place, row in json_lines(path):
         match row:
             case {"class": int(index), "names": [*names]} if names and all(isinstance(n, str) and n for n in names):

@@ -13,7 +13,9 @@ from blip2 import weights
 from blip2.config import PRESETS, Blip2Config, describe, read_config
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
+from blip2.train.log import say
 from blip2.train.recipe import Recipe, nearest
+from blip2.weights import assemble as assembly
 from blip2.weights.bert import start_from_bert
 from blip2.weights.load import check_names
 
@@ -44,19 +46,22 @@ def model_config(recipe: Recipe) -> Blip2Config:
 
 
 def model_directory(start: Path) -> Path:
-    """The saved model in a run's folder, or the folder itself where it is one.
+    """The saved model in a run's folder, or the folder itself where it is one; `mini` comes with the package.
 
     Raises:
         ConfigError: neither.
     """
-    for directory in (start / "model", start):
+    place = assembly.model_directory(str(start))
+    for directory in (place / "model", place):
         if (directory / "config.json").is_file():
             return directory
-    raise ConfigError(f"start: {start} holds no model; a finished run has one in its folder `model`")
+    raise ConfigError(f"start: {place} holds no model; a finished run has one in its folder `model`")
 
 
 def start_bridge(recipe: Recipe, config: Blip2Config, text: Callable[[], TextPart]) -> Bridge:
     """The bridge with the weights that training starts from: an earlier run's, or those of the text part.
+
+    What an earlier run learned to tell another language model, of another width or none, does not come along.
 
     Raises:
         CheckpointError: they are of another shape.
@@ -69,8 +74,11 @@ def start_bridge(recipe: Recipe, config: Blip2Config, text: Callable[[], TextPar
     directory = model_directory(recipe.start)
     earlier = weights.load(directory, text().words if config.qformer.frozen_words else None)
     state, own = earlier.bridge.state_dict(), bridge.state_dict()
-    new = {name for name in own if name.startswith("language_projection.")} - state.keys()  # none in stage 1: as drawn
-    state |= {name: own[name] for name in new}
+    projection = {name for name in own.keys() | state.keys() if name.startswith("language_projection.")}
+    if any(name not in own or name not in state or own[name].shape != state[name].shape for name in projection):
+        say(f"start: the language projection begins anew, {directory} has none for this language model")
+        state = {name: tensor for name, tensor in state.items() if name not in projection}
+        state |= {name: own[name] for name in projection & own.keys()}
     check_names(bridge, state, directory)
     bridge.load_state_dict(state)
     return bridge

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from blip2.errors import Blip2Error, ConfigError
 from blip2.train.checkpoint import State
 from blip2.train.distributed import World
+from blip2.train.draws import draw_seed
 from blip2.train.log import figures
 from blip2.train.objectives import Batch
 from blip2.train.optimizer import set_rate
@@ -152,8 +152,3 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps small gradients alive in float16; passes everything through otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.compute is torch.float16)
-
-
-def draw_seed(*key: object) -> int:
-    """A seed that depends on the key alone."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

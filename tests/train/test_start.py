@@ -1,0 +1,68 @@
+"""What a run starts from: an earlier run, another model, or the one of the package."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import blip2
+from blip2.errors import CheckpointError, ConfigError
+from blip2.train.loop import train
+from blip2.train.recipe import parse
+from blip2.train.report import Report
+from blip2.weights import load
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
+
+
+def run(data: Path, output: Path, **changes: Any) -> Report:
+    return train(parse(tiny.recipe(data, output, **changes)), tiny.parts())
+
+
+def bridge(output: Path) -> dict[str, torch.Tensor]:
+    return load(output / "model").bridge.state_dict()
+
+
+def test_a_start_of_another_shape_is_refused(shapes: Path, tmp_path: Path):
+    run(shapes, tmp_path / "one", steps=1)
+    with pytest.raises(CheckpointError, match=r"query_tokens"):
+        run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "one"), model=tiny.model(queries=5))
+    with pytest.raises(ConfigError, match="holds no model"):
+        run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "nowhere"), model=None)
+
+
+def test_stage_two_goes_on_from_a_stage_one_without_language_model(shapes: Path, tmp_path: Path):
+    run(shapes, tmp_path / "one", steps=2, model=tiny.model() | {"language": None})
+    with pytest.raises(ConfigError, match="stage 2 needs a language model"):
+        run(shapes, tmp_path / "two", steps=2, stage=2, start=str(tmp_path / "one"), model=None)
+    run(shapes, tmp_path / "two", steps=2, stage=2, start=str(tmp_path / "one"))
+    one, two = bridge(tmp_path / "one"), bridge(tmp_path / "two")
+    assert torch.equal(one["qformer.words.weight"], two["qformer.words.weight"]), "stage 2 reads no text"
+    assert "language_projection.weight" in two.keys() - one.keys()
+
+
+def test_stage_two_with_another_language_model_than_stage_one_named_begins_its_projection_anew(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = tiny.model() | {"language": {"name": "tiny-language", "width": tiny.LANGUAGE_WIDTH + 8}}
+    run(shapes, tmp_path / "one", steps=2, model=other)
+    capsys.readouterr()
+    run(shapes, tmp_path / "two", steps=2, stage=2, start=str(tmp_path / "one"))
+    assert capsys.readouterr().err.count("the language projection begins anew") == 1
+    run(shapes, tmp_path / "three", steps=2, stage=2, start=str(tmp_path / "two"))
+    assert "begins anew" not in capsys.readouterr().err
+
+
+def test_the_model_of_the_package_is_a_start_by_its_name(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = run(shapes, tmp_path / "one", steps=1)
+    (tmp_path / "package").mkdir()
+    made.model.rename(tmp_path / "package" / "mini")
+    monkeypatch.setattr(blip2, "__file__", str(tmp_path / "package" / "__init__.py"))
+    run(shapes, tmp_path / "two", steps=1, start="mini", model=None, lr=1e-30, min_lr=0)
+    one, two = load(tmp_path / "package" / "mini").bridge, load(tmp_path / "two" / "model").bridge
+    assert torch.allclose(one.qformer.query_tokens, two.qformer.query_tokens)
