@@ -159,3 +159,10 @@ def _merge_best_first(text: str, table: dict[str, tuple[int, float]]) -> list[in
         offer(left)
         offer(next((index for index in range(left - 1, -1, -1) if pieces[index] is not None), None))
     return [table[piece][0] for piece in pieces if piece is not None]
+
+
+def test_a_text_ends_with_its_line(parts: tuple[TransformersLM, Tokenizer]) -> None:
+    tokenizer = parts[1]
+    lines = [tokenizer.encode(["\n" * count])[0] for count in (1, 2, 5, 31)]
+    assert all(len(ids) == 1 and ids[0] in tokenizer.stop_ids for ids in lines)
+    assert not set(tokenizer.encode(["a dog runs on the beach."])[0]) & set(tokenizer.stop_ids)

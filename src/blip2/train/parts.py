@@ -253,7 +253,7 @@ def _objective(
         pairs = [(texts.prompts.caption, caption) for caption in captions]
         for sample in (sample for each in data for sample in each.samples):
             pairs += [(texts.prompts.question.format(question), answer) for question, answer in sample.questions]
-        vocabulary = _used(texts.tokenize(pairs)[1].tolist())
+        vocabulary = _used([*texts.tokenize(pairs)[1].tolist(), tokenizer.stop_ids])  # an end is learned against others
     stage2 = Stage2(
         bridge,
         _frozen(language, device, half),
