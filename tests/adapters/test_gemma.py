@@ -165,4 +165,5 @@ def test_a_text_ends_with_its_line(parts: tuple[TransformersLM, Tokenizer]) -> N
     tokenizer = parts[1]
     lines = [tokenizer.encode(["\n" * count])[0] for count in (1, 2, 5, 31)]
     assert all(len(ids) == 1 and ids[0] in tokenizer.stop_ids for ids in lines)
+    assert tokenizer.rust.token_to_id("<start_of_image>") in tokenizer.stop_ids
     assert not set(tokenizer.encode(["a dog runs on the beach."])[0]) & set(tokenizer.stop_ids)

