@@ -1,6 +1,7 @@
 """For all tests: one thread a process, set before torch is imported.
 
-Tests that kill or race processes fork them, and a fork of a process whose OpenMP threads have run waits for them forever.
+Tests that kill or race processes fork them, and a fork of a process whose OpenMP threads have run waits for them
+forever.
 """
 
 import os
