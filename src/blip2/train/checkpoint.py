@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
+from blip2.files import sync_directory
 from blip2.weights.load import check_names
 
 KEEP = 2  # the last one, and the one before in case the disk loses a block of it
@@ -137,7 +138,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns some failed writes into RuntimeError
         partial.unlink(missing_ok=True)
         last = latest(path.parent)
@@ -175,14 +176,3 @@ def remove_partial(directory: Path) -> None:
 
 def _all(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-*.pt"))
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the rename itself durable, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
