@@ -190,14 +190,15 @@ class Blip2:
         Returns:
             float32[K, 2], logits of (no match, match).
         """
-        patches = features.patches[pairs[:, 0].to(features.patches.device)].to(self.device)
-        return self.bridge.match(patches.float(), ids[pairs[:, 1].to(ids.device)])
+        images, rows = pairs[:, 0].unique(return_inverse=True)
+        sight = self.bridge.see(features.patches[images.to(features.patches.device)].to(self.device).float())
+        return self.bridge.match(sight, rows.to(self.device), ids[pairs[:, 1].to(ids.device)])
 
     # -- within ----------------------------------------------------------------------------------------------------
 
     def _features(self, pixels: Tensor) -> ImageFeatures:
         patches = self.encoder(pixels.to(self.device, self.dtype)).float()  # (N, P, Dv)
-        hidden = self.bridge.look(patches).hidden  # (N, Q, D)
+        hidden = self.bridge.look(self.bridge.see(patches)).hidden  # (N, Q, D)
         vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0]
         return ImageFeatures(patches, hidden, vectors)
 

@@ -45,9 +45,10 @@ def test_itg_with_reused_keys_equals_one_pass_under_the_combined_mask(
     embedded = qformer.norm(qformer.words(ids) + qformer.positions.weight[:length])
     x = torch.cat([qformer.norm(qformer.query_tokens).expand(rows, -1, -1), embedded], dim=1)
     for layer in qformer.layers:
-        x = layer(x, queries, *layer.attention.keys_values(x), mask[None, None], image)
+        seen = layer.cross_attention.keys_values(image) if layer.cross_attention else None
+        x = layer(x, queries, *layer.attention.keys_values(x), mask[None, None], seen)
 
-    look = qformer.look(image)
+    look = qformer.look(qformer.see(image))
 
     torch.testing.assert_close(look.hidden, x[:, :queries], **CLOSE)
     torch.testing.assert_close(qformer.write(look, ids), x[:, queries:], **CLOSE)
@@ -58,19 +59,21 @@ def test_itg_with_reused_keys_equals_one_pass_under_the_combined_mask(
 def test_padding_changes_no_pattern(qformer: QFormer, length: int, padding: int, seed: int):
     ids, image = texts(1, length, seed), patches(1, seed)
     padded = torch.nn.functional.pad(ids, (0, padding), value=CONFIG.pad_id)
-    look = qformer.look(image)
+    look = qformer.look(qformer.see(image))
 
     torch.testing.assert_close(qformer.read(padded)[:, :length], qformer.read(ids), **CLOSE)
     torch.testing.assert_close(qformer.write(look, padded)[:, :length], qformer.write(look, ids), **CLOSE)
     end = CONFIG.queries + length
-    torch.testing.assert_close(qformer.join(image, padded)[:, :end], qformer.join(image, ids), **CLOSE)
+    torch.testing.assert_close(
+        qformer.join(qformer.see(image), padded)[:, :end], qformer.join(qformer.see(image), ids), **CLOSE
+    )
 
 
 def test_contrast_text_sees_both_ways_and_generation_only_back(qformer: QFormer):
     ids = texts(1, 6)
     changed = ids.clone()
     changed[0, -1] = 1 + ids[0, -1] % 48
-    look = qformer.look(patches(1))
+    look = qformer.look(qformer.see(patches(1)))
 
     assert not torch.allclose(qformer.read(ids)[0, 0], qformer.read(changed)[0, 0])
     torch.testing.assert_close(qformer.write(look, ids)[0, :-1], qformer.write(look, changed)[0, :-1], **CLOSE)
@@ -79,25 +82,31 @@ def test_contrast_text_sees_both_ways_and_generation_only_back(qformer: QFormer)
 
 def test_generated_text_and_matching_notice_the_image_and_contrast_text_cannot(qformer: QFormer):
     ids = texts(1, 6)
-    one, other = qformer.look(patches(1, 1)), qformer.look(patches(1, 2))
+    one, other = (qformer.see(patches(1, seed)) for seed in (1, 2))
+    looks = qformer.look(one), qformer.look(other)
 
-    assert not torch.allclose(qformer.write(one, ids), qformer.write(other, ids))
-    assert not torch.allclose(qformer.join(patches(1, 1), ids)[:, 4:], qformer.join(patches(1, 2), ids)[:, 4:])
+    assert not torch.allclose(qformer.write(looks[0], ids), qformer.write(looks[1], ids))
+    assert not torch.allclose(qformer.join(one, ids)[:, 4:], qformer.join(other, ids)[:, 4:])
 
 
 def test_matching_queries_notice_the_text_and_looking_queries_are_the_same_whatever_it_is(qformer: QFormer):
     image = patches(1)
-    joined = [qformer.join(image, texts(1, 6, seed))[:, :4] for seed in (1, 2)]
+    joined = [qformer.join(qformer.see(image), texts(1, 6, seed))[:, :4] for seed in (1, 2)]
 
     assert not torch.allclose(*joined)
 
 
 def test_a_batch_equals_its_rows(qformer: QFormer):
     ids, image = texts(3, 7), patches(3)
+    sight = qformer.see(image)
     for row in range(3):
         one = slice(row, row + 1)
-        torch.testing.assert_close(qformer.join(image, ids)[one], qformer.join(image[one], ids[one]), **CLOSE)
-        torch.testing.assert_close(qformer.look(image).hidden[one], qformer.look(image[one]).hidden, **CLOSE)
+        torch.testing.assert_close(
+            qformer.join(sight, ids)[one], qformer.join(qformer.see(image[one]), ids[one]), **CLOSE
+        )
+        torch.testing.assert_close(
+            qformer.look(sight).hidden[one], qformer.look(qformer.see(image[one])).hidden, **CLOSE
+        )
 
 
 def test_cross_attention_stands_in_every_nth_layer_and_text_parts_only_where_wanted():

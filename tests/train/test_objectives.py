@@ -35,7 +35,7 @@ def batch() -> Batch:
 def test_itc_is_cross_entropy_over_the_best_query_both_ways(bridge: Bridge, batch: Batch):
     loss = Stage1(bridge, weights={"itc": 1.0})(batch, seed=0)["itc"]
 
-    images, texts = bridge.image_vectors(bridge.look(batch.images).hidden), bridge.text_vectors(batch.ids)
+    images, texts = bridge.image_vectors(bridge.look(bridge.see(batch.images)).hidden), bridge.text_vectors(batch.ids)
     scores = torch.stack([(image @ texts.T).max(0).values for image in images]) / 0.07
     target = torch.arange(5)
     expected = sum(F.cross_entropy(s, target, label_smoothing=0.1) for s in (scores, scores.T)) / 2
@@ -61,10 +61,19 @@ def test_negatives_follow_the_softmax_of_the_similarity(bridge: Bridge):
     assert not (draws == torch.arange(3)).any()
 
 
+@pytest.mark.parametrize(("hardness", "expected"), [(0.0, 0.5), (0.5, 0.622)])
+def test_softer_negatives_are_drawn_more_evenly(bridge: Bridge, hardness: float, expected: float):
+    similarity = torch.tensor([[9.0, 0.0, 1.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])
+    objective = Stage1(bridge, itm_hardness=hardness)
+    draws = torch.stack([objective._draw_negatives(similarity, torch.arange(3), seed) for seed in range(2000)])
+
+    assert abs((draws[:, 0] == 2).float().mean() - expected) < 0.045
+
+
 def test_itg_predicts_each_token_after_decoder_start_and_padding_carries_no_loss(bridge: Bridge, batch: Batch):
     loss = Stage1(bridge, weights={"itg": 1.0})(batch, seed=0)["itg"]
 
-    look = bridge.look(batch.images)
+    look = bridge.look(bridge.see(batch.images))
     started = batch.ids.clone()
     started[:, 0] = QFORMER.decoder_id
     logits = F.linear(bridge.heads.words(bridge.qformer.write(look, started)), bridge.qformer.words.weight)
@@ -114,6 +123,6 @@ def test_a_share_of_the_rows_is_what_a_smaller_batch_of_them_gives(bridge: Bridg
 
     objective, calls = Stage1(bridge, weights={"itm": 1.0}, itm_share=0.4), []
     matched = bridge.match
-    bridge.match = lambda patches, ids: calls.append(len(ids)) or matched(patches, ids)
+    bridge.match = lambda sight, images, ids: calls.append(len(ids)) or matched(sight, images, ids)
     objective(batch, 0)
     assert calls == [3 * 2]

@@ -5,6 +5,8 @@ Letters: B rows, P patches, Q queries, T text positions, D Q-Former width, E wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from blip2.config import Blip2Config
 from blip2.errors import ConfigError
 from blip2.model.heads import StageOneHeads
-from blip2.model.qformer import Look, QFormer
+from blip2.model.qformer import Look, QFormer, Sight
+
+GROUP = 32  # texts of like length that a CPU computes together
 
 
 class Bridge(nn.Module):
@@ -31,9 +35,13 @@ class Bridge(nn.Module):
         width = config.qformer.width
         self.language_projection = nn.Linear(width, config.language.width) if config.language else None
 
-    def look(self, patches: Tensor) -> Look:
-        """The queries read the image: float[B, P, Dv] to hidden states float[B, Q, D] with their keys and values."""
-        return self.qformer.look(self.vision_norm(patches))
+    def see(self, patches: Tensor) -> Sight:
+        """Images as the queries read them, whatever the text beside: float[B, P, Dv]."""
+        return self.qformer.see(self.vision_norm(patches))
+
+    def look(self, sight: Sight) -> Look:
+        """The queries read the images: hidden states float[B, Q, D] with their keys and values."""
+        return self.qformer.look(sight)
 
     def image_vectors(self, hidden: Tensor) -> Tensor:
         """Queries in the image-text space: float[B, Q, D] to float[B, Q, E], unit length (ITC)."""
@@ -41,6 +49,9 @@ class Bridge(nn.Module):
 
     def text_vectors(self, ids: Tensor) -> Tensor:
         """Texts in the image-text space: int64[B, T], right-padded, to float[B, E], unit length (ITC)."""
+        return self._by_length(ids, lambda _, group: self._text_vectors(group))
+
+    def _text_vectors(self, ids: Tensor) -> Tensor:
         hidden = self.qformer.read(ids)  # (B, T, D)
         if self.config.qformer.text_pooling == "cls":
             pooled = hidden[:, 0]
@@ -49,10 +60,33 @@ class Bridge(nn.Module):
             pooled = (hidden * real).sum(1) / real.sum(1)
         return F.normalize(self._heads.text_proj(pooled), dim=-1)
 
-    def match(self, patches: Tensor, ids: Tensor) -> Tensor:
-        """Logits float[B, 2] of (no match, match) for pairs: the mean over the queries (ITM)."""
-        hidden = self.qformer.join(self.vision_norm(patches), ids)[:, : self.config.qformer.queries]  # (B, Q, D)
+    def match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
+        """The matching head on pairs: the mean over the queries (ITM).
+
+        Args:
+            sight: of N images, each seen once for all of its pairs.
+            images: int64[B], the image of each pair.
+            ids: int64[B, T], its text, right-padded.
+        Returns:
+            float[B, 2], logits of (no match, match).
+        """
+        return self._by_length(ids, lambda rows, group: self._match(sight.rows(images[rows]), group))
+
+    def _match(self, sight: Sight, ids: Tensor) -> Tensor:
+        hidden = self.qformer.join(sight, ids)[:, : self.config.qformer.queries]  # (B, Q, D)
         return self._heads.itm_head(hidden).mean(1)
+
+    def _by_length(self, ids: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`run(rows, ids[rows])` on texts of like length together, each group cut to its longest.
+
+        On a CPU padding costs as much as words, and half of a batch of captions is padding.
+        """
+        if ids.device.type != "cpu":
+            return run(torch.arange(len(ids), device=ids.device), ids)
+        lengths = self.qformer.real(ids).sum(1)
+        order = lengths.argsort(descending=True, stable=True)
+        groups = [run(rows, ids[rows, : int(lengths[rows[0]])]) for rows in order.split(GROUP)]
+        return torch.cat(groups)[order.argsort()]
 
     def write(self, look: Look, ids: Tensor) -> Tensor:
         """Hidden states float[B, T, D] that see the queries and the text so far; [CLS] gives way to [DEC] (ITG)."""

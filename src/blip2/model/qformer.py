@@ -4,12 +4,14 @@ One transformer, three ways to look (BLIP-2, figure 2):
   ITC  `look` and `read`: queries see queries, text sees text.
   ITM  `join`: queries and text see each other.
   ITG  `write`: text sees the queries and the text before it; the queries' keys and values come from `look`.
+What the cross-attention reads of an image hangs on nothing else: `see` computes it once for all of them.
 
 Letters: B rows, Q queries, T text positions, P patches, D width, A heads, E encoder width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +23,29 @@ from blip2.config import QFormerConfig
 from blip2.model.attention import attend, split_heads
 
 INIT_STD = 0.02  # BERT's; BLIP-2's for the queries too
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Images as the cross-attention reads them.
+
+    Attributes:
+        keys, values: one float[B, A, P, D/A] for each layer that crosses.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def rows(self, index: Tensor) -> Sight:
+        """Some rows, int64[N], perhaps many times."""
+        keys, values = ([part[index] for part in parts] for parts in (self.keys, self.values))
+        return Sight(tuple(keys), tuple(values))
+
+    def extended(self, other: Sight) -> Sight:
+        """These images, then others."""
+        keys = (torch.cat(pair) for pair in zip(self.keys, other.keys, strict=True))
+        values = (torch.cat(pair) for pair in zip(self.values, other.values, strict=True))
+        return Sight(tuple(keys), tuple(values))
 
 
 @dataclass(frozen=True)
@@ -61,21 +86,25 @@ class QFormer(nn.Module):
         if config.frozen_words and config.text:
             self.words.weight.requires_grad_(False)
 
-    def look(self, patches: Tensor) -> Look:
+    def see(self, patches: Tensor) -> Sight:
+        """Images, float[B, P, E], as the cross-attention reads them."""
+        crossing = [layer.cross_attention for layer in self._layers if layer.cross_attention is not None]
+        pairs = [attention.keys_values(patches) for attention in crossing]
+        return Sight(tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
+
+    def look(self, sight: Sight) -> Look:
         """Queries read the image and see no text.
 
-        Args:
-            patches: float[B, P, E].
         Source: BLIP-2, section 3.1.
         """
-        x = self._start_queries(len(patches))
+        x = self._start_queries(len(sight.keys[0]))
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        for layer in self._layers:
+        for layer, seen in self._layers_with(sight):
             key, value = layer.attention.keys_values(x)
             keys.append(key)
             values.append(value)
-            x = layer(x, x.shape[1], key, value, None, patches)
+            x = layer(x, x.shape[1], key, value, None, seen)
         return Look(x, tuple(keys), tuple(values))
 
     def read(self, ids: Tensor) -> Tensor:
@@ -86,11 +115,11 @@ class QFormer(nn.Module):
             x = layer(x, 0, *layer.attention.keys_values(x), mask, None)
         return x
 
-    def join(self, patches: Tensor, ids: Tensor) -> Tensor:
+    def join(self, sight: Sight, ids: Tensor) -> Tensor:
         """Queries and text see each other (ITM).
 
         Args:
-            patches: float[B, P, E].
+            sight: of B images.
             ids: int64[B, T], right-padded.
         Returns:
             float[B, Q + T, D]: the queries first.
@@ -99,8 +128,8 @@ class QFormer(nn.Module):
         queries = self._start_queries(len(ids))
         x = torch.cat([queries, self._start_text(ids)], dim=1)  # (B, Q + T, D)
         real = torch.cat([self.real(ids).new_ones(queries.shape[:2]), self.real(ids)], dim=1)  # (B, Q + T)
-        for layer in self._layers:
-            x = layer(x, queries.shape[1], *layer.attention.keys_values(x), real[:, None, None, :], patches)
+        for layer, seen in self._layers_with(sight):
+            x = layer(x, queries.shape[1], *layer.attention.keys_values(x), real[:, None, None, :], seen)
         return x
 
     def write(self, look: Look, ids: Tensor) -> Tensor:
@@ -127,6 +156,12 @@ class QFormer(nn.Module):
     def _layers(self) -> list[Layer]:
         return cast("list[Layer]", self.layers)  # a ModuleList forgets the type of its modules
 
+    def _layers_with(self, sight: Sight) -> Iterator[tuple[Layer, tuple[Tensor, Tensor] | None]]:
+        """Each layer with what its cross-attention reads, None where it has none."""
+        crossing = zip(sight.keys, sight.values, strict=True)
+        for layer in self._layers:
+            yield layer, None if layer.cross_attention is None else next(crossing)
+
     def _start_queries(self, rows: int) -> Tensor:
         return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1))  # (B, Q, D)
 
@@ -145,7 +180,13 @@ class Layer(nn.Module):
         self.text_feed_forward = FeedForward(config) if config.text else None
 
     def forward(
-        self, x: Tensor, queries: int, key: Tensor, value: Tensor, mask: Tensor | None, patches: Tensor | None
+        self,
+        x: Tensor,
+        queries: int,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        seen: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """One layer.
 
@@ -153,14 +194,14 @@ class Layer(nn.Module):
             x: float[B, N, D], of which the first `queries` positions are queries and the rest text.
             key, value: float[B, A, M, D/A] of everything that may be seen.
             mask: bool, broadcastable to [B, A, N, M], None where all is seen.
-            patches: float[B, P, E], None where there are no queries.
+            seen: keys and values float[B, A, P, D/A] of the image, None where no query crosses to it here.
         """
         x = self.attention(x, key, value, mask)
         seeing, text = x[:, :queries], x[:, queries:]
         parts: list[Tensor] = []
-        if patches is not None:
-            if self.cross_attention is not None:
-                seeing = self.cross_attention(seeing, *self.cross_attention.keys_values(patches), None)
+        if queries:
+            if self.cross_attention is not None and seen is not None:
+                seeing = self.cross_attention(seeing, *seen, None)
             parts.append(self.query_feed_forward(seeing))
         if text.shape[1] and self.text_feed_forward is not None:
             parts.append(self.text_feed_forward(text))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
-from blip2.model.qformer import Look
+from blip2.model.qformer import Look, Sight
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.train.distributed import World
 
@@ -64,6 +64,8 @@ class Stage1(nn.Module):
         vocabulary: int64[K], sorted: ITG's softmax runs over these tokens, all where None.
         itm_share, itg_share: share of a rank's rows that ITM and ITG learn from, the first of them; 1 as published.
             ITM reads three pairs a row, two thirds of the cost of a step; ITC is the one that wants large batches.
+        itm_hardness: power of the softmax by which ITM draws wrong partners: 1 as published, 0 draws them evenly.
+            Partners as similar as the right one teach nothing before the model can tell dissimilar ones apart.
     Source: BLIP-2, section 3.2.
     """
 
@@ -80,6 +82,7 @@ class Stage1(nn.Module):
         vocabulary: Tensor | None = None,
         itm_share: float = 1.0,
         itg_share: float = 1.0,
+        itm_hardness: float = 1.0,
         world: World | None = None,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class Stage1(nn.Module):
         self.encoder = encoder
         self.itm_share = itm_share
         self.itg_share = itg_share
+        self.itm_hardness = itm_hardness
         self.weights = dict(weights or {"itc": 1.0, "itm": 1.0, "itg": 1.0})
         self.smoothing = smoothing
         self.gather_gradient = gather_gradient
@@ -100,9 +104,10 @@ class Stage1(nn.Module):
             seed: of the negatives that ITM draws, the same on every rank.
         """
         patches = encode(self.encoder, batch.images)
-        return self.losses(self.bridge.look(patches), patches, batch, seed)
+        sight = self.bridge.see(patches)
+        return self.losses(self.bridge.look(sight), sight, patches, batch, seed)
 
-    def losses(self, look: Look, patches: Tensor, batch: Batch, seed: int) -> dict[str, Tensor]:
+    def losses(self, look: Look, sight: Sight, patches: Tensor, batch: Batch, seed: int) -> dict[str, Tensor]:
         """The same from what the queries already saw, for objectives that share it."""
         itc, itm, itg = (self.weights.get(name, 0.0) for name in ("itc", "itm", "itg"))
         losses: dict[str, Tensor] = {}
@@ -114,7 +119,7 @@ class Stage1(nn.Module):
             if itm:
                 wrong_texts = self._draw_negatives(by_image, image_ids, seed)
                 wrong_images = self._draw_negatives(by_text, image_ids, seed + 1)
-                losses["itm"] = itm * self._itm(wrong_texts, wrong_images, patches, batch.ids)
+                losses["itm"] = itm * self._itm(wrong_texts, wrong_images, sight, patches, batch.ids)
         if itg:
             losses["itg"] = itg * self._itg(look, batch.ids)
         return losses
@@ -139,28 +144,31 @@ class Stage1(nn.Module):
         target = (1 - self.smoothing) * target + self.smoothing / len(image_ids)
         return (F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)) / 2
 
-    def _itm(self, wrong_texts: Tensor, wrong_images: Tensor, patches: Tensor, ids: Tensor) -> Tensor:
+    def _itm(self, wrong_texts: Tensor, wrong_images: Tensor, sight: Sight, patches: Tensor, ids: Tensor) -> Tensor:
         """Pairs that match, each image with a hard wrong text, each text with a hard wrong image."""
-        all_patches, all_ids = self.world.gather(patches), self._gather_ids(ids)
-        own_ids = self.world.own(all_ids, len(ids))
+        all_ids = self._gather_ids(ids)
         rows = math.ceil(self.itm_share * len(ids))
-        patches, own_ids = patches[:rows], own_ids[:rows]
+        own, own_ids = torch.arange(rows, device=ids.device), self.world.own(all_ids, len(ids))[:rows]
         wrong_texts, wrong_images = wrong_texts[:rows], wrong_images[:rows]
+        if self.world.size > 1:  # other ranks' images are seen anew
+            sight = sight.rows(own).extended(self.bridge.see(self.world.gather(patches)[wrong_images]))
+            wrong_images = own + rows
         logits = self.bridge.match(
-            torch.cat([patches, all_patches[wrong_images], patches]),
+            sight,
+            torch.cat([own, wrong_images, own]),
             torch.cat([own_ids, own_ids, all_ids[wrong_texts]]),
         )  # (3 B, 2)
         labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        labels[: len(patches)] = 1
+        labels[:rows] = 1
         return F.cross_entropy(logits.float(), labels)
 
     def _draw_negatives(self, similarity: Tensor, image_ids: Tensor, seed: int) -> Tensor:
-        """One wrong partner a row, int64[B] among all ranks' rows, by the softmax of the similarity.
+        """One wrong partner a row, int64[B] among all ranks' rows, by the softmax of the similarity (times hardness).
 
         The noise is drawn for all rows and then cut, so that ranks together draw what one process would.
         """
         own = self.world.own(image_ids, len(similarity))
-        scores = similarity.detach().masked_fill(own[:, None] == image_ids[None, :], MASKED)
+        scores = (self.itm_hardness * similarity.detach()).masked_fill(own[:, None] == image_ids[None, :], MASKED)
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(image_ids), len(image_ids), generator=generator).clamp_min(1e-20)
         gumbel = -torch.log(-torch.log(uniform))  # argmax(score + gumbel) is a draw from softmax(score)
@@ -223,14 +231,15 @@ class Stage2(nn.Module):
     def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
         """Losses by name: `lm`, the mean over this rank's target tokens, and what is kept of stage 1."""
         patches = encode(self.encoder, batch.images)
-        look = self.bridge.look(patches)
+        sight = self.bridge.see(patches)
+        look = self.bridge.look(sight)
         visual = self.bridge.project(look.hidden)  # (B, Q, Dl)
         layout = self.bridge.config.prompts.visual
         embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
         log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary)  # (B, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.keep is not None:
-            losses |= self.keep.losses(look, patches, batch, seed)
+            losses |= self.keep.losses(look, sight, patches, batch, seed)
         return losses
 
 

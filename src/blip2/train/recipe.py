@@ -156,6 +156,8 @@ class Recipe(Section):
         smoothing: label smoothing of ITC and ITG.
         itm_share, itg_share: share of the rows that ITM and ITG learn from; 1 as published. Each rank takes the first
             of its own rows, so unless both are 1 several ranks learn from other pairs than one process would.
+        itm_hardness: how much likelier ITM draws a similar wrong partner: 1 as published, 0 draws evenly. A small
+            model that learns from few pairs starts better in between.
         gather_gradient: ITC's gradient crosses ranks.
         questions: share of the pairs of stage 2 that are question and answer, where the data have both.
         prefix_lm: a caption is cut at random, the language model reads the first words and writes the rest: the
@@ -197,6 +199,7 @@ class Recipe(Section):
     losses: Losses = Losses()
     itm_share: float = Field(default=1.0, gt=0, le=1)
     itg_share: float = Field(default=1.0, gt=0, le=1)
+    itm_hardness: float = Field(default=1.0, ge=0, le=1)
     gather_gradient: bool
     questions: float = Field(default=0.0, ge=0, le=1)
     prefix_lm: bool | None = None

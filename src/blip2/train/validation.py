@@ -89,5 +89,6 @@ class Validation:
         for start in range(0, len(rows), _IMAGES):
             some = rows[start : start + _IMAGES]
             images = data.images(some, [0] * len(some)).float().to(self.device)
-            parts.append(self.bridge.image_vectors(self.bridge.look(encode(encoder, images)).hidden).float())
+            look = self.bridge.look(self.bridge.see(encode(encoder, images)))
+            parts.append(self.bridge.image_vectors(look.hidden).float())
         return parts
