@@ -22,7 +22,8 @@ def main() -> None:
     model = parser.parse_args().model
     config = read_config(model / "config.json")
     words = adapters.text_part(config.text).words if config.text else None
-    weights.save(PLACE, config, weights.load(model, words).bridge, dtype=torch.float16)
+    loaded = weights.load(model, words)
+    weights.save(PLACE, config, loaded.bridge, dtype=torch.float16, vocabulary=loaded.vocabulary)
     size = sum(file.stat().st_size for file in PLACE.iterdir())
     if size > LIMIT:
         raise SystemExit(f"error: {PLACE} is {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB")

@@ -1,6 +1,6 @@
 """The two kinds of frozen part, and what a bridge asks of them.
 
-Letters: B rows, P patches, S prefix positions, T target positions, D width, V vocabulary, H W pixels.
+Letters: B rows, P patches, S prefix positions, T target positions, D width, V vocabulary, K a part of it, H W pixels.
 """
 
 from __future__ import annotations
@@ -81,19 +81,20 @@ class LanguageModel(Protocol):
         """Token embeddings as the model's first layer takes them: int64[...] to float[..., D]."""
         ...
 
-    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
+    def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, Cache]:
         """Read the prefix once.
 
         Args:
             prefix: float[B, S, D], right-padded.
             lengths: int64[B], how many positions of each row are real.
+            vocabulary: int64[K], sorted: logits of these tokens only (all where None).
         Returns:
-            logits float[B, V] of the first new token, and the cache to go on from.
+            logits float[B, V or K] of the first new token, and the cache to go on from.
         """
         ...
 
-    def step(self, ids: Tensor, cache: Any) -> Tensor:
-        """Read one more token a row, int64[B], into the cache that `prefill` gave; logits float[B, V] of the next."""
+    def step(self, ids: Tensor, cache: Any, vocabulary: Tensor | None = None) -> Tensor:
+        """Read one more token a row, int64[B], into the cache that `prefill` gave; logits of the next, as there."""
         ...
 
     def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:

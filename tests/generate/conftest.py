@@ -38,26 +38,30 @@ class Recurrent:
     def _read(self, hidden: Tensor, embeds: Tensor) -> Tensor:
         return torch.tanh(hidden @ self._mix + embeds)
 
-    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, States]:
+    def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, States]:
         self.prefills += 1
         hidden = torch.zeros(len(prefix), WIDTH, dtype=torch.float64)
         for place in range(prefix.shape[1]):
             hidden = torch.where((place < lengths)[:, None], self._read(hidden, prefix[:, place].double()), hidden)
-        return 2 * hidden @ self._head, States(hidden)
+        return self._scores(hidden, vocabulary), States(hidden)
 
-    def step(self, ids: Tensor, cache: States) -> Tensor:
+    def step(self, ids: Tensor, cache: States, vocabulary: Tensor | None = None) -> Tensor:
         self.rows_read.append(len(ids))
         cache.hidden = self._read(cache.hidden, self.embed(ids))
-        return 2 * cache.hidden @ self._head
+        return self._scores(cache.hidden, vocabulary)
+
+    def _scores(self, hidden: Tensor, vocabulary: Tensor | None) -> Tensor:
+        return 2 * hidden @ (self._head if vocabulary is None else self._head[:, vocabulary])
 
     def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
-        assert vocabulary is None
-        logits, cache = self.prefill(prefix, lengths)
+        vocabulary = torch.arange(VOCAB) if vocabulary is None else vocabulary
+        logits, cache = self.prefill(prefix, lengths, vocabulary)
         found: list[Tensor] = []
-        for target in targets.T:
+        for words in targets.T:
+            target = torch.where(words < 0, words, torch.searchsorted(vocabulary, words))
             scores = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
             found.append(scores.masked_fill(target < 0, 0.0))
-            logits = self.step(target.clamp(min=0), cache)
+            logits = self.step(words.clamp(min=0), cache, vocabulary)
         return torch.stack(found, 1).float()
 
 

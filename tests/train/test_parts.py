@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from blip2 import weights
 from blip2.adapters.transformers_lm import TransformersLM
 from blip2.errors import ConfigError
 from blip2.train import parts as assembly
@@ -88,6 +89,18 @@ def test_cut_captions_have_no_used_words_to_choose_among(shapes: Path):
     with pytest.raises(ConfigError, match="write vocabulary=all, or prefix_lm=false"):
         assemble(shapes, with_language(True), stage=2, vocabulary="used")
     assemble(shapes, with_language(True), stage=2, vocabulary="used", prefix_lm=False)
+
+
+def test_a_model_remembers_the_words_that_it_was_trained_to_write(shapes: Path, tmp_path: Path):
+    job = assemble(shapes, stage=2, vocabulary="used")
+    job.save(tmp_path / "used")
+    words = weights.load(tmp_path / "used").vocabulary
+    assert words is not None
+    assert {tiny.WORDS[word] for word in words} >= {"[SEP]", "red", "circle"}
+    assert {tiny.WORDS[word] for word in words}.isdisjoint({"[PAD]", "[UNK]"})
+
+    assemble(shapes, stage=2).save(tmp_path / "all")
+    assert weights.load(tmp_path / "all").vocabulary is None
 
 
 def test_a_transformers_model_says_which_kind_it_is():

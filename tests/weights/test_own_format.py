@@ -48,6 +48,22 @@ def test_words_of_a_frozen_part_are_not_saved_and_are_given_back(tmp_path):
         weights.load(tmp_path)
 
 
+def test_the_written_vocabulary_comes_back_and_is_checked(tmp_path):
+    words = torch.tensor([1, 5, 9])
+    weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION), torch.float16, vocabulary=words)
+
+    back = weights.load(tmp_path)
+    assert back.config.vocabulary == 3
+    torch.testing.assert_close(back.vocabulary, words, rtol=0, atol=0)
+    for wrong in ([1, 5], [5, 1, 9], [1, 5, 5], [-1, 5, 9]):
+        save_file({"ids": torch.tensor(wrong)}, tmp_path / "vocabulary.safetensors")
+        with pytest.raises(CheckpointError, match="`ids`, 3 tokens in order"):
+            weights.load(tmp_path)
+    (tmp_path / "vocabulary.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"vocabulary\.safetensors: missing"):
+        weights.load(tmp_path)
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
     path = tmp_path / "bridge.safetensors"

@@ -40,6 +40,7 @@ class TransformersLM(nn.Module):
         self._scale = _score_scale(config)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._context = int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
+        self._narrow: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._body = _EncoderDecoder(model) if model.config.is_encoder_decoder else _DecoderOnly(model)
         self.train(False)
         self._check_scores()
@@ -72,23 +73,24 @@ class TransformersLM(nn.Module):
         """Token embeddings as the first layer takes them: int64[...] to float[..., D]."""
         return self.model.get_input_embeddings()(ids)
 
-    def prefill(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Reading]:
+    def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, Reading]:
         """Read the prefix once.
 
         Args:
             prefix: float[B, S, D], right-padded.
             lengths: int64[B], at least 1.
+            vocabulary: int64[K], sorted: the head runs over these tokens only.
         Returns:
-            float32[B, V], logits of the first new token, and the cache to go on from.
+            float32[B, V or K], logits of the first new token, and the cache to go on from.
         Raises:
             PromptError: a row is empty.
         """
         hidden, cache = self._body.prefill(self._cast(prefix, lengths), lengths)
-        return self._scores(hidden), cache
+        return self._scores(hidden, vocabulary), cache
 
-    def step(self, ids: Tensor, cache: Reading) -> Tensor:
-        """Read one more token a row, int64[B], into the cache; float32[B, V], logits of the next."""
-        return self._scores(self._body.step(ids, cache))
+    def step(self, ids: Tensor, cache: Reading, vocabulary: Tensor | None = None) -> Tensor:
+        """Read one more token a row, int64[B], into the cache; float32[B, V or K], logits of the next."""
+        return self._scores(self._body.step(ids, cache), vocabulary)
 
     def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """Log-probability of each target given the prefix and the targets before it, with gradient to `prefix`.
@@ -129,13 +131,17 @@ class TransformersLM(nn.Module):
     def _scores(self, hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """float[N, D] to float32[N, V or K]; a model in float64 keeps its precision."""
         head = self.model.get_output_embeddings()
-        if vocabulary is None:
-            logits = head(hidden)
-        else:
-            bias = None if head.bias is None else head.bias.index_select(0, vocabulary)
-            logits = F.linear(hidden, head.weight.index_select(0, vocabulary), bias)
+        logits = head(hidden) if vocabulary is None else F.linear(hidden, *self._rows_of_head(vocabulary))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self._scale
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def _rows_of_head(self, vocabulary: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of some tokens; the last ones are kept, since a text asks for the same at every step."""
+        if self._narrow is None or self._narrow[0] is not vocabulary:
+            head = self.model.get_output_embeddings()
+            bias = None if head.bias is None else head.bias.index_select(0, vocabulary)
+            self._narrow = vocabulary, head.weight.index_select(0, vocabulary), bias
+        return self._narrow[1:]
 
     @torch.no_grad()
     def _check_scores(self) -> None:

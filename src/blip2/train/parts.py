@@ -134,13 +134,15 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
             read_data(source, recipe, config, parts, limit=recipe.validate_.limit) for source in recipe.validate_.data
         ]
         validate = Validation(bridge, objective([*data, *held_out]), held_out, texts, rows, world, device)
+    trained = objective(data)
+    vocabulary = trained.vocabulary if isinstance(trained, Stage2) else None
     return Job(
         bridge=bridge,
-        objective=objective(data),
+        objective=trained,
         batches=batches.__getitem__,
         epoch_steps=recipe.epoch_steps or max(1, sum(len(each.samples) for each in data) // recipe.batch_size),
         validate=validate,
-        save=lambda directory: weights.save(directory, _with_digests(config, parts), bridge),
+        save=lambda place: weights.save(place, _with_digests(config, parts), bridge, vocabulary=vocabulary),
     )
 
 
@@ -241,6 +243,7 @@ def _objective(
             gather_gradient=recipe.gather_gradient,
             itm_share=recipe.itm_share,
             itg_share=recipe.itg_share,
+            itm_hardness=recipe.itm_hardness,
             vocabulary=_used(texts.qformer.encode(captions, texts.max_length)) if recipe.vocabulary == "used" else None,
             world=world,
         )

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import blip2
 from blip2 import adapters
+from blip2.adapters.narrowed import Narrowed
 from blip2.blip2 import Blip2
 from blip2.config import LanguageConfig, PartConfig
 from blip2.errors import CheckpointError
-from blip2.protocols import ImageEncoder
+from blip2.protocols import ImageEncoder, LanguageModel
+from blip2.text import Tokenizer
 from blip2.weights.load import load, load_config
 
 
@@ -37,6 +39,8 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
         raise CheckpointError(f"{directory}: language model {config.language.kind} is not read from this format yet")
     if config.language is not None:
         language, tokenizer = adapters.language_model(config.language)
+        if loaded.vocabulary is not None:
+            language = _narrowed(language, tokenizer, loaded.vocabulary, directory)
     for part in (encoder, language):
         if isinstance(part, nn.Module):
             part.to(device, dtype)
@@ -51,6 +55,14 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
         dtype,
         identity=_identity(directory),
     )
+
+
+def _narrowed(language: LanguageModel, tokenizer: Tokenizer, vocabulary: Tensor, directory: Path) -> Narrowed:
+    if int(vocabulary[-1]) >= language.vocab_size or not set(vocabulary.tolist()) & set(tokenizer.stop_ids):
+        raise CheckpointError(
+            f"{directory / 'vocabulary.safetensors'}: not tokens of this language model, or none of them ends a text"
+        )
+    return Narrowed(language, vocabulary)
 
 
 def model_directory(name: str | Path | None) -> Path:

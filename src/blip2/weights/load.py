@@ -20,11 +20,18 @@ from blip2.weights.save import FROZEN_WORDS
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a directory holds: the trained bridge, and the image encoder where it is ours."""
+    """What a directory holds.
+
+    Attributes:
+        bridge: what was trained.
+        vision: the image encoder where it is ours.
+        vocabulary: int64[K], sorted: the tokens that the language model writes, all where None.
+    """
 
     config: Blip2Config
     bridge: Bridge
     vision: VisionTransformer | None
+    vocabulary: Tensor | None
 
 
 def load(directory: Path, words: Tensor | None = None) -> Loaded:
@@ -49,7 +56,8 @@ def load(directory: Path, words: Tensor | None = None) -> Loaded:
             vision = VisionTransformer(config.vision)
         _fill(vision, directory / "vision.safetensors", {})
         vision.requires_grad_(False).eval()
-    return Loaded(config, bridge.eval(), vision)
+    vocabulary = None if config.vocabulary is None else _vocabulary(directory, config.vocabulary)
+    return Loaded(config, bridge.eval(), vision, vocabulary)
 
 
 def load_config(directory: Path) -> Blip2Config:
@@ -96,6 +104,16 @@ def check_names(module: nn.Module, state: Mapping[str, Tensor], source: object) 
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(f"{source}: does not fit its configuration: {'; '.join(wrong[:5])}{more}")
+
+
+def _vocabulary(directory: Path, size: int) -> Tensor:
+    path = directory / "vocabulary.safetensors"
+    state = read_tensors(path)
+    ids = state.get("ids")
+    whole = ids is not None and len(state) == 1 and ids.dtype == torch.int64 and ids.shape == (size,)
+    if ids is None or not whole or bool((ids.diff() <= 0).any()) or bool((ids < 0).any()):
+        raise CheckpointError(f"{path}: does not fit its configuration: it must hold `ids`, {size} tokens in order")
+    return ids
 
 
 def _fill(module: nn.Module, path: Path, extra: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """Our own format: a directory with `config.json`, `bridge.safetensors` and, for our own encoder, `vision.safetensors`.
 
+`vocabulary.safetensors` is there where the bridge was trained to write only some of the language model's tokens.
+
 Frozen parts that somebody else made are not in it: the configuration names them with the SHA-256 of their weights.
 """
 
@@ -26,6 +28,7 @@ def save(
     bridge: Bridge,
     vision: nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    vocabulary: Tensor | None = None,
 ) -> None:
     """Write a model; each file appears whole or not at all, the configuration last.
 
@@ -33,6 +36,7 @@ def save(
         config: with the SHA-256 of each frozen part filled in.
         vision: our own image encoder, None where a frozen part is named.
         dtype: that weights are stored in, their own where None.
+        vocabulary: int64[K], sorted: the tokens that the bridge was trained to write, all where None.
     Raises:
         CheckpointError: the directory cannot be written (a full disk, say); the files before are untouched.
     """
@@ -41,6 +45,9 @@ def save(
         _write(trained(bridge), directory / "bridge.safetensors", dtype)
         if vision is not None:
             _write(vision.state_dict(), directory / "vision.safetensors", dtype)
+        if vocabulary is not None:
+            _write({"ids": vocabulary}, directory / "vocabulary.safetensors", None)
+        config = config.replace(vocabulary=None if vocabulary is None else len(vocabulary))
         with replacing(directory / "config.json") as partial:
             write_config(config, partial)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
