@@ -1,5 +1,7 @@
 """The verbs on a tiny model: what goes in, what comes out, and that nothing depends on its neighbours."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,13 @@ def test_matching_scores_every_pair_as_it_would_alone(model: Blip2):
     torch.testing.assert_close(words.norm(dim=-1), torch.ones(3))
     with pytest.raises(PromptError, match="empty text"):
         model.match(photos, ["a dog", " "])
+
+
+def test_texts_are_matched_as_training_read_them_where_the_model_says_so(model: Blip2):
+    cased = ["A dog .", "a  dog"]
+    assert not torch.equal(*model.embed_texts(cased))
+    trained = dataclasses.replace(model, config=model.config.replace(plain_texts=True))
+    torch.testing.assert_close(*trained.embed_texts(cased), **CLOSE)
 
 
 def test_the_prompt_is_what_the_model_is_given(model: Blip2):

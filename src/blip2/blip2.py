@@ -24,7 +24,7 @@ from blip2.model import prefix
 from blip2.model.bridge import Bridge
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
-from blip2.text import Tokenizer
+from blip2.text import Tokenizer, plain
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
 PAIRS = 64  # image-text pairs in one pass of the matching head
@@ -213,7 +213,8 @@ class Blip2:
             raise ConfigError("this model has no text side: it writes, but does not match or embed")
         if not texts or not all(text.strip() for text in texts):
             raise PromptError("an empty text cannot be matched or embedded")
-        return self.text_tokenizer.batch(texts, min(TEXT_LENGTH, self.config.qformer.positions)).to(self.device)
+        read = [plain(text) for text in texts] if self.config.plain_texts else texts
+        return self.text_tokenizer.batch(read, min(TEXT_LENGTH, self.config.qformer.positions)).to(self.device)
 
     def writer(self) -> tuple[LanguageModel, Tokenizer]:
         """The language model and its tokenizer.

@@ -139,6 +139,7 @@ class Blip2Config(Strict):
         embedding_width: of the shared image-text space (ITC).
         vision_norm_eps: of the LayerNorm between encoder and Q-Former (`ln_vision`).
         heads: whether the stage-1 heads (ITC, ITM, ITG) exist.
+        plain_texts: texts are matched in lower case and without a final dot, as this model's training read captions.
         vocabulary: how many of the language model's tokens are written, `vocabulary.safetensors` says which; all where
             None.
     """
@@ -150,6 +151,7 @@ class Blip2Config(Strict):
     embedding_width: int = 256
     vision_norm_eps: float = 1e-5
     heads: bool = True
+    plain_texts: bool = False
     vocabulary: int | None = None
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     format: int = FORMAT_VERSION

@@ -97,7 +97,14 @@ class LanguageModel(Protocol):
         """Read one more token a row, int64[B], into the cache that `prefill` gave; logits of the next, as there."""
         ...
 
-    def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self,
+        prefix: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        vocabulary: Tensor | None = None,
+        alike: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
         """Log-probability of each target token after the prefix and the targets before it (teacher forcing).
 
         Carries the gradient to `prefix`: the loss of stage 2 is the negative mean of this, a choice's score its sum.
@@ -108,6 +115,8 @@ class LanguageModel(Protocol):
             targets: int64[B, T], right-padded with -100.
             vocabulary: int64[K], sorted: the softmax runs over these tokens only (all where None); every target
                 must be among them.
+            alike: owners int64[B], not falling, and a number of positions: rows of one owner have the same prefix so
+                far, which need not be computed for each of them.
         Returns:
             float32[B, T], 0 where the target is padding.
         """

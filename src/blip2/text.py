@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,13 @@ class Tokenizer:
     def batch(self, texts: Sequence[str], max_length: int | None = None) -> Tensor:
         """`encode` as int64[B, T], right-padded with `pad`."""
         return pad(self.encode(texts, max_length), self.pad)
+
+
+def plain(text: str) -> str:
+    """As training reads captions, in lower case, single spaces, no final dot: `A dog runs .` is `a dog runs`."""
+    text = re.sub(r"\s+", " ", text.lower()).strip()
+    text = re.sub(r" +([.,;:!?'])", r"\1", text)
+    return re.sub(r"[\s.]+$", "", text) or text
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

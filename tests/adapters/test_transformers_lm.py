@@ -234,6 +234,28 @@ def test_the_gradient_reaches_the_prefix_and_never_its_padding(model: Any, langu
         assert alone.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("common", [1, 3, 5])
+def test_what_rows_have_in_common_is_read_once_with_the_same_numbers_and_gradients(
+    language: TransformersLM, common: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blip2.adapters.transformers_lm.GROUP", 2)
+    images = _prefix(language.width)[:3, :common]
+    own = torch.randn(5, 4, language.width, generator=torch.Generator().manual_seed(9))
+    owners, lengths = torch.tensor([0, 0, 1, 2, 2]), common + torch.tensor([0, 3, 1, 4, 0])
+    targets = torch.tensor([[8, 3, 1, -100], [5, 1, -100, -100], [7, 9, 4, 1], [1, -100, -100, -100], [11, 2, 1, -100]])
+    found: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for alike in (None, (owners, common)):
+        start = images.clone().requires_grad_()
+        prefix = torch.cat([start[owners], own], dim=1)
+        found.append(language.log_probs(prefix, lengths, targets, None, alike))
+        found[-1].sum().backward()
+        assert start.grad is not None
+        gradients.append(start.grad)
+    _close(found[1], found[0])
+    _close(gradients[1], gradients[0])
+
+
 def test_a_vocabulary_restricts_the_softmax_to_its_tokens(
     model: Any, language: TransformersLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

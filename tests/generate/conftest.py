@@ -53,11 +53,18 @@ class Recurrent:
     def _scores(self, hidden: Tensor, vocabulary: Tensor | None) -> Tensor:
         return 2 * hidden @ (self._head if vocabulary is None else self._head[:, vocabulary])
 
-    def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self,
+        prefix: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        vocabulary: Tensor | None = None,
+        alike: tuple[Tensor, int] | None = None,  # noqa: ARG002
+    ) -> Tensor:
         vocabulary = torch.arange(VOCAB) if vocabulary is None else vocabulary
         logits, cache = self.prefill(prefix, lengths, vocabulary)
         found: list[Tensor] = []
-        for words in targets.T:
+        for words in targets.T.contiguous():
             target = torch.where(words < 0, words, torch.searchsorted(vocabulary, words))
             scores = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
             found.append(scores.masked_fill(target < 0, 0.0))

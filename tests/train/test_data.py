@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from blip2 import image
 from blip2.config import PromptConfig
 from blip2.errors import DataError
-from blip2.text import Tokenizer
-from blip2.train.data import Batches, Draw, Mixture, Pixels, Texts, clean_caption
+from blip2.text import Tokenizer, plain
+from blip2.train.data import Batches, Draw, Mixture, Pixels, Texts
 from blip2.train.sources import ImageRef, Prototype, Sample
 
 WORDS = [
@@ -152,14 +152,32 @@ def test_the_share_of_questions_holds_for_samples_that_have_them(share: float):
     samples = [*make_samples(200, questions=4), *make_samples(200, prefix="t")]
     mixture = Mixture([(samples, 1.0)], seed=0, questions=share)
     draws = [draw for step in range(40) for draw in mixture.draw(step, 20)]
-    asked = [draw.question is not None for draw in draws if draw.sample < 200]
+    asked = [bool(draw.questions) for draw in draws if draw.sample < 200]
     assert abs(sum(asked) / len(asked) - share) <= (0.08 if 0 < share < 1 else 0)
-    assert all(draw.question is None for draw in draws if draw.sample >= 200)
+    assert not any(draw.questions for draw in draws if draw.sample >= 200)
 
 
 def test_a_sample_with_questions_only_always_asks_one():
     mixture = Mixture([(make_samples(4, captions=0, questions=2), 1.0)], seed=0)
-    assert all(draw.question in (0, 1) and draw.caption is None for draw in mixture.draw(0, 4))
+    assert all(draw.questions in ((0,), (1,)) and draw.caption is None for draw in mixture.draw(0, 4))
+
+
+def test_several_texts_of_a_picture_are_distinct_captions_and_questions_of_every_kind():
+    asked = ("how many dogs?", "how many cats?", "how many men?", "what color is it?", "is it day?", "is it new?")
+    sample = Sample("s", ImageRef(Path("s")), ("a", "b", "c"), tuple((question, "yes") for question in asked))
+    few = Sample("t", ImageRef(Path("t")), ("a",))
+    kinds: Counter[str] = Counter()
+    for seed in range(300):
+        mixture = Mixture([([sample, few], 1.0)], seed, questions=0.5, texts=4)
+        one, other = sorted(mixture.draw(0, 2), key=lambda draw: draw.sample)
+        assert len(one.captions) + len(one.questions) <= 4
+        assert len({*one.captions}) == len(one.captions) == min(4 - len(one.questions), 3)
+        assert one.captions[:1] in ((), (one.caption,))
+        named = [" ".join(asked[place].split()[:2]) for place in one.questions]
+        assert len(set(named)) == min(len(named), 3)  # there are three kinds
+        kinds.update(named[:1])
+        assert (other.captions, other.questions) == ((0,), ())
+    assert all(kinds[kind] / kinds.total() == pytest.approx(1 / 3, abs=0.1) for kind in kinds)
 
 
 def test_views_are_drawn_evenly_and_prototypes_have_one():
@@ -198,12 +216,15 @@ def test_a_mixture_that_makes_no_sense_is_refused(sources: list[tuple[list[Sampl
     ],
 )
 def test_captions_are_cleaned(raw: str, clean: str):
-    assert clean_caption(raw) == clean
+    assert plain(raw) == clean
 
 
 @given(st.text(min_size=1))
 def test_cleaning_twice_changes_nothing_more(text: str):
-    assert clean_caption(clean_caption(text)) == clean_caption(text)
+    assert plain(plain(text)) == plain(text)
+
+
+TOLD = Draw(0, 0, caption=0, captions=(0,), questions=(), view=0)
 
 
 def batches(samples: list[Sample], texts: Texts, size: int, **changes) -> Batches:
@@ -243,6 +264,7 @@ def test_ranks_together_read_what_one_process_reads():
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
     assert torch.equal(torch.cat([part.image_ids for part in parts]), whole.image_ids)
     assert parts[0].prompts + parts[1].prompts == whole.prompts
+    assert torch.equal(torch.cat([parts[0].owners, parts[1].owners + 4]), whole.owners)
 
 
 def test_a_resumed_loader_goes_on_as_if_never_stopped():
@@ -283,8 +305,7 @@ def test_a_question_is_the_prompt_and_its_answer_the_target_with_the_space_betwe
     tokenizer = spaced()
     texts = Texts(language=tokenizer)
     sample = Sample("s", ImageRef(Path("s")), ("A dog .",), (("how many?", "two"),))
-    asked = texts.pair(sample, Draw(0, 0, 0, 0, 0), ())
-    told = texts.pair(sample, Draw(0, 0, 0, None, 0), ())
+    told, asked = texts.pairs(sample, Draw(0, 0, 0, (0,), (0,), 0), ())
     prompts, targets = texts.tokenize([asked, told])
     assert decode(tokenizer, prompts[0]) == "Question: how many? Answer:"
     assert tokenizer.decode(targets[0, :4].tolist()) == " two"
@@ -297,7 +318,7 @@ def test_a_caption_prompt_stands_before_the_caption():
     tokenizer = spaced()
     texts = Texts(language=tokenizer, prompts=PromptConfig(caption="a photo of"))
     sample = Sample("s", ImageRef(Path("s")), ("A dog .",))
-    prompts, targets = texts.tokenize([texts.pair(sample, Draw(0, 0, 0, None, 0), ())])
+    prompts, targets = texts.tokenize(texts.pairs(sample, TOLD, ()))
     assert decode(tokenizer, prompts[0]) == "a photo of"
     assert decode(tokenizer, targets[0, :-1].tolist()) == " a dog"
 
@@ -313,7 +334,7 @@ def test_a_target_cut_at_its_limit_does_not_claim_to_end():
 def test_prefix_lm_cuts_between_the_first_word_and_the_middle(count: int, key: int):
     caption = " ".join(f"w{n}" for n in range(count))
     sample = Sample("s", ImageRef(Path("s")), (caption,))
-    prompt, target = Texts(language=LANGUAGE, prefix_lm=True).pair(sample, Draw(0, 0, 0, None, 0), (key,))
+    [(prompt, target)] = Texts(language=LANGUAGE, prefix_lm=True).pairs(sample, TOLD, (key,))
     assert f"{prompt} {target}".strip() == caption
     assert min(1, count - 1) <= len(prompt.split()) <= max(count // 2, 0)
 
@@ -321,7 +342,7 @@ def test_prefix_lm_cuts_between_the_first_word_and_the_middle(count: int, key: i
 def test_every_cut_of_prefix_lm_comes_up():
     sample = Sample("s", ImageRef(Path("s")), ("w0 w1 w2 w3 w4 w5",))
     texts = Texts(language=LANGUAGE, prefix_lm=True)
-    cuts = {len(texts.pair(sample, Draw(0, 0, 0, None, 0), (key,))[0].split()) for key in range(50)}
+    cuts = {len(texts.pairs(sample, TOLD, (key,))[0][0].split()) for key in range(50)}
     assert cuts == {1, 2, 3}
 
 

@@ -134,7 +134,14 @@ class TinyLanguage(nn.Module):
         """int64[...] to float[..., D]."""
         return self.words(ids)
 
-    def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self,
+        prefix: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        vocabulary: Tensor | None = None,
+        alike: tuple[Tensor, int] | None = None,  # noqa: ARG002
+    ) -> Tensor:
         """As the protocol says: rows are packed to the left, and what is causal cannot see the padding on the right."""
         real = [target[target != -100] for target in targets]
         rows = [torch.cat([x[:n], self.embed(ids[:-1])]) for x, n, ids in zip(prefix, lengths, real, strict=True)]

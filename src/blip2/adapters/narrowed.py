@@ -62,11 +62,18 @@ class Narrowed(nn.Module):
             return self.language.step(ids, cache, vocabulary)
         return self._spread(self.language.step(ids, cache, self.vocabulary))
 
-    def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self,
+        prefix: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        vocabulary: Tensor | None = None,
+        alike: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
         """As the model's; the softmax runs over what is written and over the targets, whatever words they hold."""
         if vocabulary is None:
             vocabulary = torch.cat([self.vocabulary, targets[targets >= 0]]).unique()
-        return self.language.log_probs(prefix, lengths, targets, vocabulary)
+        return self.language.log_probs(prefix, lengths, targets, vocabulary, alike)
 
     def _spread(self, logits: Tensor) -> Tensor:
         """float[B, K] to float[B, V], so that tokens keep their ids."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from blip2.errors import ConfigError, PromptError
 
 PADDING = -100  # in targets
+GROUP = 16  # rows of like length that a CPU reads together
 UNBOUNDED = 4096  # context where positions are relative and the configuration names no limit (T5, BLOOM)
 SCORES_AT_ONCE = 2**26  # numbers of logits that log_probs holds at a time: 256 MB in float32
 
@@ -92,7 +94,14 @@ class TransformersLM(nn.Module):
         """Read one more token a row, int64[B], into the cache; float32[B, V or K], logits of the next."""
         return self._scores(self._body.step(ids, cache), vocabulary)
 
-    def log_probs(self, prefix: Tensor, lengths: Tensor, targets: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+    def log_probs(
+        self,
+        prefix: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        vocabulary: Tensor | None = None,
+        alike: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
         """Log-probability of each target given the prefix and the targets before it, with gradient to `prefix`.
 
         The head runs at target positions only, and over `vocabulary` only: at 262,144 tokens it costs more than the
@@ -103,6 +112,8 @@ class TransformersLM(nn.Module):
             lengths: int64[B], at least 1.
             targets: int64[B, T], right-padded with -100.
             vocabulary: int64[K], sorted; every target must be in it.
+            alike: owners int64[B], not falling, and how many positions the rows of one have in common: a decoder-only
+                model reads them once for all.
         Returns:
             float32[B, T], 0 where the target is padding.
         Raises:
@@ -111,7 +122,8 @@ class TransformersLM(nn.Module):
         """
         real = targets != PADDING  # (B, T)
         words = targets.clamp(min=0)
-        hidden = self._body.predict(self._cast(prefix, lengths), lengths, words)[real]  # (N, D)
+        counts = real.sum(1)
+        hidden = self._body.predict(self._cast(prefix, lengths), lengths, words, counts, alike)[real]  # (N, D)
         wanted = words[real]
         if vocabulary is not None:
             wanted = _positions_in(vocabulary, wanted)
@@ -216,15 +228,48 @@ class _DecoderOnly:
         )
         return output.last_hidden_state[:, -1], output.past_key_values
 
-    def predict(self, prefix: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
-        """float[B, T, D], what each of the words, int64[B, T], is predicted from."""
+    def predict(
+        self, prefix: Tensor, lengths: Tensor, words: Tensor, counts: Tensor, alike: tuple[Tensor, int] | None
+    ) -> Tensor:
+        """float[B, T, D], what each of the first words, int64[B, T] of which `counts` matter, is predicted from."""
         size, count = prefix.shape[1], words.shape[1]
         both = torch.cat([prefix, self._layers.get_input_embeddings()(words[:, :-1])], dim=1)  # (B, S + T - 1, D)
         at = torch.arange(both.shape[1], device=prefix.device)  # each row without a gap: causality hides the padding
         source = torch.where(at < lengths[:, None], at, at + (size - lengths)[:, None])
         packed = _pick(both, source.clamp(max=both.shape[1] - 1))
-        hidden = self._layers(inputs_embeds=packed, use_cache=False).last_hidden_state
-        return _pick(hidden, lengths[:, None] - 1 + torch.arange(count, device=prefix.device))
+        ends = lengths + counts.clamp(min=1) - 1  # (B,) positions that have to be read
+        places = lengths[:, None] - 1 + torch.arange(count, device=prefix.device)
+        if alike is None or not self._takes_positions:
+            hidden = _by_length(ends, lambda rows, end: self._read(packed[rows, :end], {}))
+        else:
+            owners, common = alike
+            hidden = self._continue(packed, ends, owners, common)
+            places = places - (common - 1)
+        return _pick(hidden, places.clamp(max=hidden.shape[1] - 1))
+
+    def _continue(self, packed: Tensor, ends: Tensor, owners: Tensor, common: int) -> Tensor:
+        """float[B, L - common + 1, D]: what comes of the last position that rows of one owner share, and of the rest.
+
+        Gradients add up in the shared keys and values.
+        """
+        change = torch.ones_like(owners, dtype=torch.bool)
+        change[1:] = owners[1:] != owners[:-1]
+        first, which = change.nonzero()[:, 0], change.cumsum(0) - 1  # (A,) the first row of each owner, (B,)
+        shared = self._layers(inputs_embeds=packed[first, :common], use_cache=True)
+
+        def go_on(rows: Tensor, length: int) -> Tensor:
+            positions = torch.arange(common, common + length, device=packed.device).expand(len(rows), -1)
+            states = _select_states(shared.past_key_values, which[rows])
+            more = {"past_key_values": states, "position_ids": positions}
+            return self._read(packed[rows, common : common + length], more)
+
+        rest = _by_length(ends - common, go_on)
+        return torch.cat([shared.last_hidden_state[which, -1:], rest], dim=1)
+
+    def _read(self, embeds: Tensor, more: dict[str, Any]) -> Tensor:
+        if not embeds.shape[1]:
+            return embeds
+        return self._layers(inputs_embeds=embeds, use_cache=bool(more), **more).last_hidden_state
 
 
 class _EncoderDecoder:
@@ -265,7 +310,14 @@ class _EncoderDecoder:
         cache.positions = cache.positions + 1
         return output.last_hidden_state[:, -1]
 
-    def predict(self, prefix: Tensor, lengths: Tensor, words: Tensor) -> Tensor:
+    def predict(
+        self,
+        prefix: Tensor,
+        lengths: Tensor,
+        words: Tensor,
+        counts: Tensor,  # noqa: ARG002
+        alike: tuple[Tensor, int] | None,  # noqa: ARG002
+    ) -> Tensor:
         """float[B, T, D], what each of the words, int64[B, T], is predicted from."""
         encoded, mask = self._encode(prefix, lengths)
         return self._decoder(
@@ -293,6 +345,23 @@ def _select_states(states: Any, rows: Tensor) -> Any:
     chosen.layers = [copy.copy(layer) for layer in states.layers]
     chosen.reorder_cache(rows)
     return chosen
+
+
+def _by_length(lengths: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """`run(rows, length)`, float[N, length, D], on rows of like length together: on a CPU padding costs as any word.
+
+    Args:
+        lengths: int64[B].
+    Returns:
+        float[B, longest, D] in the rows' own order, zeros past their ends.
+    """
+    longest = int(lengths.max())
+    if lengths.device.type != "cpu":
+        return run(torch.arange(len(lengths), device=lengths.device), longest)
+    order = lengths.argsort(descending=True, stable=True)
+    groups = [run(rows, int(lengths[rows[0]])) for rows in order.split(GROUP)]
+    padded = [F.pad(group, (0, 0, 0, longest - group.shape[1])) for group in groups]
+    return torch.cat(padded)[order.argsort()]
 
 
 def _pick(sequence: Tensor, index: Tensor) -> Tensor:

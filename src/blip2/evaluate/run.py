@@ -20,7 +20,7 @@ from blip2.evaluate.captioning import captions, check_tools
 from blip2.evaluate.estimate import Estimate
 from blip2.evaluate.ranking import Recall, rerank, retrieval
 from blip2.results import ImageFeatures
-from blip2.train.data import clean_caption
+from blip2.text import plain
 from blip2.train.sources import Prototype, Sample
 
 Progress = Callable[[str, int, int], None]
@@ -45,7 +45,7 @@ def texts_of(samples: Sequence[Sample], *, clean: bool = True) -> tuple[list[str
     rows: dict[str, list[int]] = {}
     for number, sample in enumerate(samples):
         for caption in sample.captions:
-            rows.setdefault(clean_caption(caption) if clean else caption, []).append(number)
+            rows.setdefault(plain(caption) if clean else caption, []).append(number)
     fits = np.zeros((len(samples), len(rows)), dtype=bool)
     for column, images in enumerate(rows.values()):
         fits[images, column] = True

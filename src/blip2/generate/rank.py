@@ -44,8 +44,9 @@ def rank(
     targets = torch.tensor(padded, device=device)  # (C, T)
     rows = torch.arange(len(prefix), device=device).repeat_interleave(len(choices))
     which = torch.arange(len(choices), device=device).repeat(len(prefix))
+    common = int(lengths.min())  # a row's choices share all of its prefix, but all rows are cut at one place
     found = [
-        language.log_probs(prefix[some_rows], lengths[some_rows], targets[some]).sum(1)
+        language.log_probs(prefix[some_rows], lengths[some_rows], targets[some], None, (some_rows, common)).sum(1)
         for some_rows, some in zip(rows.split(batch), which.split(batch), strict=True)
     ]
     scores = torch.cat(found).view(len(prefix), len(choices))

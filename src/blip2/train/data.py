@@ -5,7 +5,7 @@ Letters: B rows of this rank, T text positions, P patches, D width.
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from blip2 import image
 from blip2.config import PromptConfig
 from blip2.errors import DataError, ImageError
-from blip2.text import Tokenizer, pad
+from blip2.text import Tokenizer, pad, plain
 from blip2.train.draws import draw_seed
 from blip2.train.objectives import Batch
 from blip2.train.sources import ImageRef, Prototype, Sample
@@ -35,15 +35,16 @@ class Draw:
 
     Attributes:
         source, sample: positions in the mixture.
-        caption: position among the sample's captions; None where it has none.
-        question: position among its questions where this row asks one, else None.
+        caption: position among the sample's captions, the one that stage 1 learns from; None where it has none.
+        captions, questions: positions of what the language model learns to write (stage 2).
         view: 0 for the plain picture, from 1 on the augmented ones.
     """
 
     source: int
     sample: int
     caption: int | None
-    question: int | None
+    captions: tuple[int, ...]
+    questions: tuple[int, ...]
     view: int
 
 
@@ -55,7 +56,8 @@ class Mixture:
 
     Args:
         sources: samples and weight of each; weights are shares of the batch, in any unit.
-        questions: share of the draws of samples with questions that ask one; a sample without captions always does.
+        questions: share of the texts of samples with questions that ask one; without captions all of them do.
+        texts: how many of a picture the language model learns from at once, fewer where it has no more.
         views: how many views of a picture there are, drawn evenly; prototypes have one.
     Raises:
         DataError: no source, an empty one, or a weight, share or number of views out of range.
@@ -67,6 +69,7 @@ class Mixture:
         seed: int,
         *,
         questions: float = 0.0,
+        texts: int = 1,
         views: int = 1,
     ) -> None:
         if not sources:
@@ -83,6 +86,7 @@ class Mixture:
         self.sources = [samples for samples, _ in sources]
         self.seed = seed
         self.questions = questions
+        self.texts = texts
         self.views = views
         shares = [Fraction(str(weight)) for _, weight in sources]
         self._of_rest = [share / sum(shares[number:]) for number, share in enumerate(shares)]
@@ -121,18 +125,20 @@ class Mixture:
         epoch, place = divmod(position, len(samples))
         index = int(self._order(source, epoch, most)[place])
         sample = samples[index]
-        start = draw_seed(self.seed, source, index)
-        asks = sample.questions and (
-            not sample.captions or _share(self.seed, source, index, epoch, "asks") < self.questions
-        )
+        key = (self.seed, source, index, epoch)
+        start = draw_seed(self.seed, source, index) + epoch
+        asked = self.texts
+        if sample.captions:
+            asked = sum(_share(*key, "asks", number) < self.questions for number in range(self.texts))
+        questions = _varied(sample.questions, asked, *key)
+        told = min(self.texts - len(questions), len(sample.captions))
         return Draw(
             source=source,
             sample=index,
-            caption=(start + epoch) % len(sample.captions) if sample.captions else None,
-            question=draw_seed(self.seed, source, index, epoch, "question") % len(sample.questions) if asks else None,
-            view=0
-            if isinstance(sample.image, Prototype)
-            else draw_seed(self.seed, source, index, epoch, "view") % self.views,
+            caption=start % len(sample.captions) if sample.captions else None,
+            captions=tuple((start + number) % len(sample.captions) for number in range(told)),
+            questions=questions,
+            view=0 if isinstance(sample.image, Prototype) else draw_seed(*key, "view") % self.views,
         )
 
     def _order(self, source: int, epoch: int, most: int) -> NDArray[np.int64]:
@@ -160,19 +166,28 @@ def _apart(before: NDArray[np.int64], order: NDArray[np.int64], window: int) -> 
     return np.array(head + waiting, dtype=np.int64)
 
 
+def _varied(questions: Sequence[tuple[str, str]], count: int, *key: object) -> tuple[int, ...]:
+    """Positions of `count` questions, or of all there are: each kind's first, in any order, before any kind's second.
+
+    A kind is a question's first two words: "how many", "what color", "is there".
+    """
+    if not count:
+        return ()
+    seen: Counter[str] = Counter()
+    places: list[tuple[int, int, int]] = []
+    for place in _permutation(len(questions), *key, "questions").tolist():
+        kind = " ".join(questions[place][0].lower().split()[:2])
+        places.append((seen[kind], draw_seed(*key, kind), place))
+        seen[kind] += 1
+    return tuple(place for *_, place in sorted(places)[:count])
+
+
 def _share(*key: object) -> float:
     return draw_seed(*key) / 2**63
 
 
 def _permutation(size: int, *key: object) -> NDArray[np.int64]:
     return np.argsort(np.random.Philox(key=draw_seed(*key)).random_raw(size), kind="stable")
-
-
-def clean_caption(text: str) -> str:
-    """Lower case, single spaces, none before punctuation, no final dot: `A dog runs .` is `a dog runs`."""
-    text = re.sub(r"\s+", " ", text.lower()).strip()
-    text = re.sub(r" +([.,;:!?'])", r"\1", text)
-    return re.sub(r"[\s.]+$", "", text) or text
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,6 @@ class Texts:
     qformer: Tokenizer | None = None
     language: Tokenizer | None = None
     prompts: PromptConfig = field(default_factory=PromptConfig)
-    clean: bool = True
     prefix_lm: bool = False
     max_length: int = 32
 
@@ -197,17 +211,14 @@ class Texts:
         if self.qformer is None and self.language is None:
             raise DataError("texts need the Q-Former's tokenizer (stage 1), the language model's (stage 2), or both")
 
-    def caption(self, text: str) -> str:
-        """A caption as training sees it."""
-        return clean_caption(text) if self.clean else text
+    def pairs(self, sample: Sample, draw: Draw, key: tuple[object, ...]) -> list[tuple[str, str]]:
+        """Prompt and target of each text of a row for the language model; `key` decides where captions are cut."""
+        asked = [sample.questions[place] for place in draw.questions]
+        told = [self._told(sample.captions[place], (*key, place)) for place in draw.captions]
+        return [*told, *((self.prompts.question.format(question), answer) for question, answer in asked)]
 
-    def pair(self, sample: Sample, draw: Draw, key: tuple[object, ...]) -> tuple[str, str]:
-        """Prompt and target of a row for the language model; `key` decides where a caption is cut."""
-        if draw.question is not None:
-            question, answer = sample.questions[draw.question]
-            return self.prompts.question.format(question), answer
-        assert draw.caption is not None
-        prompt, words = self.prompts.caption, self.caption(sample.captions[draw.caption]).split(" ")
+    def _told(self, caption: str, key: tuple[object, ...]) -> tuple[str, str]:
+        prompt, words = self.prompts.caption, plain(caption).split(" ")
         if self.prefix_lm and len(words) > 1:
             cut = 1 + draw_seed(*key) % (len(words) // 2)
             prompt = f"{prompt} {' '.join(words[:cut])}".lstrip()
@@ -272,7 +283,7 @@ class Batches(Dataset[Batch]):
         everyone = self.mixture.draw(step, self.batch_size)
         samples = [self.mixture.sources[draw.source][draw.sample] for draw in everyone]
         captions = [
-            "" if draw.caption is None else self.texts.caption(sample.captions[draw.caption])
+            "" if draw.caption is None else plain(sample.captions[draw.caption])
             for sample, draw in zip(samples, everyone, strict=True)
         ]
         image_ids = torch.tensor(_same([sample.image for sample in samples], captions)[own], dtype=torch.int64)
@@ -283,11 +294,12 @@ class Batches(Dataset[Batch]):
         if self.texts.language is None:
             return Batch(images=images, image_ids=image_ids, ids=ids)
         pairs = [
-            self.texts.pair(sample, draw, (self.mixture.seed, "cut", step, row))
+            self.texts.pairs(sample, draw, (self.mixture.seed, "cut", step, row))
             for row, (sample, draw) in enumerate(zip(samples, everyone, strict=True))
-        ]
-        prompts, targets = self.texts.tokenize(pairs[own])
-        return Batch(images=images, image_ids=image_ids, ids=ids, prompts=prompts, targets=targets)
+        ][own]
+        owners = torch.tensor([row for row, texts in enumerate(pairs) for _ in texts])
+        prompts, targets = self.texts.tokenize([pair for texts in pairs for pair in texts])
+        return Batch(images=images, image_ids=image_ids, ids=ids, owners=owners, prompts=prompts, targets=targets)
 
     def _pictures(self, draws: Sequence[Draw]) -> Tensor:
         """Images of the rows, float32, each source asked once."""

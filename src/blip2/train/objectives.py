@@ -2,7 +2,8 @@
 
 An objective is a module around the bridge: a batch in, named losses out; their sum is minimised.
 
-Letters: B rows of this rank, N rows of all ranks, P patches, Q queries, T text positions, E image-text space, K words.
+Letters: B rows of this rank, R texts about them, N rows of all ranks, P patches, Q queries, T text positions,
+E image-text space, K words.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ class Batch:
         images: float[B, P, Dv] patches of the frozen encoder, or float[B, 3, H, W] pixels for it.
         image_ids: int64[B]; equal where the image is the same, so that it is no negative of itself.
         ids: int64[B, T] Q-Former tokens, [CLS] .. [SEP], right-padded; (B, 0) where only stage 2 reads the batch.
-        prompts: B tuples of language-model ids that stand after the queries; empty in stage 1.
-        targets: int64[B, T'] language-model ids to predict, right-padded with -100; (B, 0) in stage 1.
+        owners: int64[R], the row that each text of the language model is about, in order; empty in stage 1.
+        prompts: R tuples of language-model ids that stand after the queries; empty in stage 1.
+        targets: int64[R, T'] language-model ids to predict, right-padded with -100; (0, 0) in stage 1.
     """
 
     images: Tensor
     image_ids: Tensor
     ids: Tensor
+    owners: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     prompts: tuple[tuple[int, ...], ...] = ()
     targets: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
@@ -46,7 +49,7 @@ class Batch:
         """The same on a device; the prompts stay lists."""
         move = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("images", "image_ids", "ids", "targets")
+            for name in ("images", "image_ids", "ids", "owners", "targets")
         }
         return Batch(prompts=self.prompts, **move)
 
@@ -235,8 +238,9 @@ class Stage2(nn.Module):
         look = self.bridge.look(sight)
         visual = self.bridge.project(look.hidden)  # (B, Q, Dl)
         layout = self.bridge.config.prompts.visual
-        embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
-        log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary)  # (B, T')
+        embeds, lengths = prefix.build(self.language, visual[batch.owners], batch.prompts, self.bos, layout)
+        alike = batch.owners, visual.shape[1] + (self.bos is not None)  # one picture's prefixes, up to the prompt
+        log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, alike)  # (R, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.keep is not None:
             losses |= self.keep.losses(look, sight, patches, batch, seed)

@@ -17,7 +17,7 @@ from blip2.config import Blip2Config, LanguageConfig, PartConfig, VisionConfig
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
 from blip2.protocols import ImageEncoder, LanguageModel
-from blip2.text import Tokenizer
+from blip2.text import Tokenizer, plain
 from blip2.train import sources
 from blip2.train.data import Batches, Images, Mixture, Pixels, Texts
 from blip2.train.distributed import World
@@ -124,6 +124,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         [(each.samples, source.weight) for each, source in zip(data, recipe.data, strict=True)],
         recipe.seed,
         questions=recipe.questions if recipe.stage == 2 else 0.0,
+        texts=recipe.texts,
         views=_views(recipe),
     )
     batches = Batches(mixture, [each.images for each in data], texts, rows, rank=world.rank, world=world.size)
@@ -142,7 +143,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         batches=batches.__getitem__,
         epoch_steps=recipe.epoch_steps or max(1, sum(len(each.samples) for each in data) // recipe.batch_size),
         validate=validate,
-        save=lambda place: weights.save(place, _with_digests(config, parts), bridge, vocabulary=vocabulary),
+        save=lambda place: weights.save(place, _as_trained(config, parts), bridge, vocabulary=vocabulary),
     )
 
 
@@ -232,7 +233,7 @@ def _objective(
     """What is minimised; the softmax runs over the words of the data where the recipe says so."""
     encoder = parts.encoder() if recipe.features.cache is None else None
     scale = 1.0 if recipe.stage == 1 else recipe.keep
-    captions = [texts.caption(caption) for each in data for sample in each.samples for caption in sample.captions]
+    captions = [plain(caption) for each in data for sample in each.samples for caption in sample.captions]
     first = None
     if texts.qformer is not None:
         first = Stage1(
@@ -308,11 +309,11 @@ def _views(recipe: Recipe) -> int:
     return _ENDLESS if recipe.features.augment else 1
 
 
-def _with_digests(config: Blip2Config, parts: Parts) -> Blip2Config:
-    """The configuration with the SHA-256 of each part that somebody else made."""
+def _as_trained(config: Blip2Config, parts: Parts) -> Blip2Config:
+    """The configuration with the SHA-256 of each part that somebody else made, and texts read as in training."""
     changes = {
         key: dataclasses.replace(part, sha256=parts.digest(part))
         for key in ("vision", "text", "language")
         if isinstance(part := getattr(config, key), PartConfig)
     }
-    return config.replace(**changes)
+    return config.replace(plain_texts=True, **changes)

@@ -159,7 +159,9 @@ class Recipe(Section):
         itm_hardness: how much likelier ITM draws a similar wrong partner: 1 as published, 0 draws evenly. A small
             model that learns from few pairs starts better in between.
         gather_gradient: ITC's gradient crosses ranks.
-        questions: share of the pairs of stage 2 that are question and answer, where the data have both.
+        texts: how many captions and questions of each picture stage 2 learns from at once; the picture is read once
+            for all of them, which costs far less than as many pictures.
+        questions: share of the texts of stage 2 that are question and answer, where the data have both.
         prefix_lm: a caption is cut at random, the language model reads the first words and writes the rest: the
             paper's way with encoder-decoders, and what happens to these where the key is left out.
         keep: weight at which the stage-1 losses go on in stage 2; 0 as in the paper.
@@ -201,6 +203,7 @@ class Recipe(Section):
     itg_share: float = Field(default=1.0, gt=0, le=1)
     itm_hardness: float = Field(default=1.0, ge=0, le=1)
     gather_gradient: bool
+    texts: int = Field(default=1, ge=1)
     questions: float = Field(default=0.0, ge=0, le=1)
     prefix_lm: bool | None = None
     keep: float = Field(default=0.0, ge=0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blip2.evaluate.ranking import DEPTHS, belonging, ranks
 from blip2.model.bridge import Bridge
+from blip2.text import plain
 from blip2.train.data import Batches, Mixture, Texts
 from blip2.train.distributed import World
 from blip2.train.objectives import encode
@@ -73,7 +74,7 @@ class Validation:
         assert self.texts.qformer is not None
         images = torch.cat([part for each in self.data for part in self._image_vectors(each)])  # (N, Q, E)
         samples = [sample for each in self.data for sample in each.samples]
-        captions = [self.texts.caption(caption) for sample in samples for caption in sample.captions]
+        captions = [plain(caption) for sample in samples for caption in sample.captions]
         ids = self.texts.qformer.batch(captions, self.texts.max_length).to(self.device)
         texts = torch.cat([self.bridge.text_vectors(part).float() for part in ids.split(_TEXTS)])  # (M, E)
         similar = torch.stack([(image @ texts.T).amax(0) for image in images]).cpu().numpy()  # (N, M)
