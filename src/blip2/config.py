@@ -112,6 +112,46 @@ class LanguageConfig(Strict):
 
 
 @dataclass(frozen=True)
+class OPTConfig(Strict):
+    """A decoder of the OPT family with norms before its blocks. The defaults are OPT-2.7b."""
+
+    width: int = 2560
+    layers: int = 32
+    heads: int = 32
+    mlp_width: int = 10240
+    vocab_size: int = 50272
+    context: int = 2048
+
+
+@dataclass(frozen=True)
+class GemmaConfig(Strict):
+    """A text-only decoder of the Gemma 3 family. The defaults are Gemma 3 270M.
+
+    Attributes:
+        key_heads: heads of keys and values, each for `heads / key_heads` of the queries.
+        query_scale: queries are divided by its root.
+        window: positions that most layers see, the present one among them; None would be all.
+        global_every: every so-manieth layer sees everything.
+        local_theta, global_theta: base of the rotary positions in either kind of layer.
+    """
+
+    width: int = 640
+    layers: int = 18
+    heads: int = 4
+    key_heads: int = 1
+    head_width: int = 256
+    mlp_width: int = 2048
+    vocab_size: int = 262_144
+    context: int = 32_768
+    query_scale: int = 256
+    window: int | None = 512
+    global_every: int = 6
+    local_theta: float = 10_000.0
+    global_theta: float = 1_000_000.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class PromptConfig(Strict):
     """The words around an image, and how its prefix is laid out.
 

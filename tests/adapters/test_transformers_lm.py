@@ -238,7 +238,7 @@ def test_the_gradient_reaches_the_prefix_and_never_its_padding(model: Any, langu
 def test_what_rows_have_in_common_is_read_once_with_the_same_numbers_and_gradients(
     language: TransformersLM, common: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blip2.adapters.transformers_lm.GROUP", 2)
+    monkeypatch.setattr("blip2.model.scoring.GROUP", 2)
     images = _prefix(language.width)[:3, :common]
     own = torch.randn(5, 4, language.width, generator=torch.Generator().manual_seed(9))
     owners, lengths = torch.tensor([0, 0, 1, 2, 2]), common + torch.tensor([0, 3, 1, 4, 0])
@@ -269,7 +269,7 @@ def test_a_vocabulary_restricts_the_softmax_to_its_tokens(
             expected = logits[vocabulary].log_softmax(-1)[vocabulary.tolist().index(target)]
             _close(found[row, position], expected)
             ids.append(target)
-    monkeypatch.setattr("blip2.adapters.transformers_lm.SCORES_AT_ONCE", 20)  # two positions at a time
+    monkeypatch.setattr("blip2.model.scoring.SCORES_AT_ONCE", 20)  # two positions at a time
     _close(language.log_probs(prefix, LENGTHS, TARGETS, vocabulary), found)
 
 

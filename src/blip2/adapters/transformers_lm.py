@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.errors import ConfigError, PromptError
+from blip2.errors import ConfigError
+from blip2.model.scoring import (
+    PADDING,
+    HeadRows,
+    by_length,
+    check_prefix,
+    chosen_log_probs,
+    first_of_each,
+    packed,
+    pick,
+)
 
-PADDING = -100  # in targets
-GROUP = 16  # rows of like length that a CPU reads together
 UNBOUNDED = 4096  # context where positions are relative and the configuration names no limit (T5, BLOOM)
-SCORES_AT_ONCE = 2**26  # numbers of logits that log_probs holds at a time: 256 MB in float32
 
 
 class TransformersLM(nn.Module):
@@ -42,7 +48,7 @@ class TransformersLM(nn.Module):
         self._scale = _score_scale(config)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._context = int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
-        self._narrow: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._rows = HeadRows()
         self._body = _EncoderDecoder(model) if model.config.is_encoder_decoder else _DecoderOnly(model)
         self.train(False)
         self._check_scores()
@@ -120,40 +126,22 @@ class TransformersLM(nn.Module):
             PromptError: a row of the prefix is empty.
             ConfigError: a target is not in the vocabulary.
         """
-        real = targets != PADDING  # (B, T)
-        words = targets.clamp(min=0)
-        counts = real.sum(1)
-        hidden = self._body.predict(self._cast(prefix, lengths), lengths, words, counts, alike)[real]  # (N, D)
-        wanted = words[real]
-        if vocabulary is not None:
-            wanted = _positions_in(vocabulary, wanted)
-        at_once = max(1, SCORES_AT_ONCE // (self.vocab_size if vocabulary is None else len(vocabulary)))
-        found = [
-            -F.cross_entropy(self._scores(some, vocabulary), ids, reduction="none")
-            for some, ids in zip(hidden.split(at_once), wanted.split(at_once), strict=True)
-        ]
-        flat = torch.cat(found)
-        return flat.new_zeros(targets.shape).masked_scatter(real, flat)
+        words, counts = targets.clamp(min=0), (targets != PADDING).sum(1)
+        hidden = self._body.predict(self._cast(prefix, lengths), lengths, words, counts, alike)  # (B, T, D)
+        return chosen_log_probs(hidden, targets, vocabulary, self.vocab_size, lambda x: self._scores(x, vocabulary))
 
     def _cast(self, prefix: Tensor, lengths: Tensor) -> Tensor:
-        if (lengths < 1).any():
-            raise PromptError("a prefix is empty: give the language model an image or at least one token to start from")
+        check_prefix(lengths)
         return prefix.to(self.model.get_input_embeddings().weight.dtype)
 
     def _scores(self, hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """float[N, D] to float32[N, V or K]; a model in float64 keeps its precision."""
         head = self.model.get_output_embeddings()
-        logits = head(hidden) if vocabulary is None else F.linear(hidden, *self._rows_of_head(vocabulary))
+        logits = (
+            head(hidden) if vocabulary is None else F.linear(hidden, *self._rows(vocabulary, head.weight, head.bias))
+        )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self._scale
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
-
-    def _rows_of_head(self, vocabulary: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of some tokens; the last ones are kept, since a text asks for the same at every step."""
-        if self._narrow is None or self._narrow[0] is not vocabulary:
-            head = self.model.get_output_embeddings()
-            bias = None if head.bias is None else head.bias.index_select(0, vocabulary)
-            self._narrow = vocabulary, head.weight.index_select(0, vocabulary), bias
-        return self._narrow[1:]
 
     @torch.no_grad()
     def _check_scores(self) -> None:
@@ -211,7 +199,7 @@ class _DecoderOnly:
         positions = torch.arange(size, device=prefix.device) - (size - lengths)[:, None]  # (B, S), negative in padding
         mask = (positions >= 0).long()
         positions = positions.clamp(min=0)
-        hidden, states = self._run(_pick(prefix, positions), mask, positions, None)
+        hidden, states = self._run(pick(prefix, positions), mask, positions, None)
         return hidden, Reading(states, mask, lengths)
 
     def step(self, ids: Tensor, cache: Reading) -> Tensor:
@@ -232,38 +220,33 @@ class _DecoderOnly:
         self, prefix: Tensor, lengths: Tensor, words: Tensor, counts: Tensor, alike: tuple[Tensor, int] | None
     ) -> Tensor:
         """float[B, T, D], what each of the first words, int64[B, T] of which `counts` matter, is predicted from."""
-        size, count = prefix.shape[1], words.shape[1]
-        both = torch.cat([prefix, self._layers.get_input_embeddings()(words[:, :-1])], dim=1)  # (B, S + T - 1, D)
-        at = torch.arange(both.shape[1], device=prefix.device)  # each row without a gap: causality hides the padding
-        source = torch.where(at < lengths[:, None], at, at + (size - lengths)[:, None])
-        packed = _pick(both, source.clamp(max=both.shape[1] - 1))
+        count = words.shape[1]
+        rows = packed(prefix, lengths, self._layers.get_input_embeddings()(words[:, :-1]))  # (B, S + T - 1, D)
         ends = lengths + counts.clamp(min=1) - 1  # (B,) positions that have to be read
         places = lengths[:, None] - 1 + torch.arange(count, device=prefix.device)
         if alike is None or not self._takes_positions:
-            hidden = _by_length(ends, lambda rows, end: self._read(packed[rows, :end], {}))
+            hidden = by_length(ends, lambda some, end: self._read(rows[some, :end], {}))
         else:
             owners, common = alike
-            hidden = self._continue(packed, ends, owners, common)
+            hidden = self._continue(rows, ends, owners, common)
             places = places - (common - 1)
-        return _pick(hidden, places.clamp(max=hidden.shape[1] - 1))
+        return pick(hidden, places.clamp(max=hidden.shape[1] - 1))
 
-    def _continue(self, packed: Tensor, ends: Tensor, owners: Tensor, common: int) -> Tensor:
+    def _continue(self, rows: Tensor, ends: Tensor, owners: Tensor, common: int) -> Tensor:
         """float[B, L - common + 1, D]: what comes of the last position that rows of one owner share, and of the rest.
 
         Gradients add up in the shared keys and values.
         """
-        change = torch.ones_like(owners, dtype=torch.bool)
-        change[1:] = owners[1:] != owners[:-1]
-        first, which = change.nonzero()[:, 0], change.cumsum(0) - 1  # (A,) the first row of each owner, (B,)
-        shared = self._layers(inputs_embeds=packed[first, :common], use_cache=True)
+        first, which = first_of_each(owners)
+        shared = self._layers(inputs_embeds=rows[first, :common], use_cache=True)
 
-        def go_on(rows: Tensor, length: int) -> Tensor:
-            positions = torch.arange(common, common + length, device=packed.device).expand(len(rows), -1)
-            states = _select_states(shared.past_key_values, which[rows])
+        def go_on(some: Tensor, length: int) -> Tensor:
+            positions = torch.arange(common, common + length, device=rows.device).expand(len(some), -1)
+            states = _select_states(shared.past_key_values, which[some])
             more = {"past_key_values": states, "position_ids": positions}
-            return self._read(packed[rows, common : common + length], more)
+            return self._read(rows[some, common : common + length], more)
 
-        rest = _by_length(ends - common, go_on)
+        rest = by_length(ends - common, go_on)
         return torch.cat([shared.last_hidden_state[which, -1:], rest], dim=1)
 
     def _read(self, embeds: Tensor, more: dict[str, Any]) -> Tensor:
@@ -345,33 +328,3 @@ def _select_states(states: Any, rows: Tensor) -> Any:
     chosen.layers = [copy.copy(layer) for layer in states.layers]
     chosen.reorder_cache(rows)
     return chosen
-
-
-def _by_length(lengths: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """`run(rows, length)`, float[N, length, D], on rows of like length together: on a CPU padding costs as any word.
-
-    Args:
-        lengths: int64[B].
-    Returns:
-        float[B, longest, D] in the rows' own order, zeros past their ends.
-    """
-    longest = int(lengths.max())
-    if lengths.device.type != "cpu":
-        return run(torch.arange(len(lengths), device=lengths.device), longest)
-    order = lengths.argsort(descending=True, stable=True)
-    groups = [run(rows, int(lengths[rows[0]])) for rows in order.split(GROUP)]
-    padded = [F.pad(group, (0, 0, 0, longest - group.shape[1])) for group in groups]
-    return torch.cat(padded)[order.argsort()]
-
-
-def _pick(sequence: Tensor, index: Tensor) -> Tensor:
-    """float[B, S, D] at int64[B, N] to float[B, N, D]."""
-    return sequence.gather(1, index[..., None].expand(-1, -1, sequence.shape[-1]))
-
-
-def _positions_in(vocabulary: Tensor, ids: Tensor) -> Tensor:
-    found = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
-    missing = ids[vocabulary[found] != ids]
-    if len(missing):
-        raise ConfigError(f"target {missing[0].item()} is not in the vocabulary of {len(vocabulary)} tokens")
-    return found

@@ -1,0 +1,135 @@
+"""What every decoder-only language model of ours does alike: the protocol over its layers.
+
+Letters: B rows, S prefix positions, T positions, D width, V vocabulary, K a part of it, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.model.cache import Cache
+from blip2.model.scoring import HeadRows, by_length, check_prefix, chosen_log_probs, first_of_each, packed, pick
+
+
+class Attend(Protocol):
+    """How a layer's queries see keys and values: `Cache.read` within a prompt, `Cache.go_on` after it."""
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor: ...
+
+
+class Decoder(nn.Module, ABC):
+    """A frozen decoder-only language model; satisfies `protocols.LanguageModel`.
+
+    A model says what its layers compute (`hidden`) and has `words`, its embeddings and, tied, its head.
+    """
+
+    words: nn.Embedding
+    context: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._head = HeadRows()
+
+    @property
+    def width(self) -> int:
+        """Width of an embedding."""
+        return self.words.embedding_dim
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self.words.num_embeddings
+
+    @abstractmethod
+    def hidden(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """All layers and the last norm.
+
+        Args:
+            x: float[B, T, D], embeddings as `embed` gives them.
+            positions: int64[B, T], from 0.
+        Returns:
+            float[B, T, D], ready for the head.
+        """
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings: int64[...] to float[..., D]."""
+        return self.words(ids)
+
+    def train(self, mode: bool = True) -> Decoder:  # noqa: ARG002
+        """Stays in evaluation mode: the model is frozen."""
+        return super().train(False)
+
+    def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Read the prefix once; see `protocols.LanguageModel`.
+
+        Raises:
+            PromptError: a row is empty.
+        """
+        check_prefix(lengths)
+        hidden, cache = self._read(prefix, lengths)
+        return self.logits(pick(hidden, lengths[:, None] - 1)[:, 0], vocabulary), cache
+
+    def step(self, ids: Tensor, cache: Cache, vocabulary: Tensor | None = None) -> Tensor:
+        """Read one more token a row, int64[B]; float32[B, V or K], logits of the next."""
+        return self.logits(self._go_on(self.embed(ids)[:, None], cache)[:, 0], vocabulary)
+
+    def log_probs(
+        self,
+        prefix: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        vocabulary: Tensor | None = None,
+        alike: tuple[Tensor, int] | None = None,
+    ) -> Tensor:
+        """Log-probability of each target, with gradient to `prefix`; see `protocols.LanguageModel`.
+
+        Raises:
+            PromptError: a row of the prefix is empty.
+            ConfigError: a target is not in the vocabulary.
+        """
+        check_prefix(lengths)
+        words = self.embed(targets[:, :-1].clamp(min=0))
+        rows = packed(prefix.to(words.dtype), lengths, words)  # (B, S + T - 1, D)
+        ends = lengths + (targets >= 0).sum(1).clamp(min=1) - 1  # (B,) positions that have to be read
+        places = lengths[:, None] - 1 + torch.arange(targets.shape[1], device=prefix.device)
+        if alike is None:
+            hidden = by_length(ends, lambda some, end: self._read(rows[some, :end], ends[some])[0])
+        else:
+            owners, common = alike
+            first, which = first_of_each(owners)
+            shared, cache = self._read(rows[first, :common], torch.full_like(first, common))
+            rest = by_length(
+                ends - common,
+                lambda some, length: self._go_on(rows[some, common : common + length], cache.select(which[some])),
+            )
+            hidden = torch.cat([shared[which, -1:], rest], dim=1)  # from the last position in common on
+            places = places - (common - 1)
+        hidden = pick(hidden, places.clamp(max=hidden.shape[1] - 1))
+        return chosen_log_probs(hidden, targets, vocabulary, self.vocab_size, lambda x: self.logits(x, vocabulary))
+
+    def logits(self, hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """float[N, D] to float32[N, V], or [N, K] of some tokens."""
+        weight = self.words.weight
+        scores = F.linear(hidden, *((weight, None) if vocabulary is None else self._head(vocabulary, weight, None)))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def _read(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
+        cache = Cache(lengths)
+        positions = torch.arange(prefix.shape[1], device=prefix.device).expand(len(prefix), -1)
+        return self.hidden(prefix.to(self.words.weight.dtype), positions, cache.read), cache
+
+    def _go_on(self, x: Tensor, cache: Cache) -> Tensor:
+        if not x.shape[1]:
+            return x
+        start = cache.lengths[cache.owners] + cache.steps  # (B,)
+        positions = start[:, None] + torch.arange(x.shape[1], device=x.device)
+        hidden = self.hidden(x, positions, cache.go_on)
+        cache.advance(x.shape[1])
+        return hidden

@@ -1,0 +1,1 @@
+"""What other formats call our tensors: tables only."""
