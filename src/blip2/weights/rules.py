@@ -61,6 +61,26 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Plus:
+    """One tensor, a number added to each of its values.
+
+    Attributes:
+        amount: what ours has more.
+    """
+
+    amount: float
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The only part, plus the amount."""
+        (only,) = parts
+        return only + self.amount
+
+    def split(self, whole: Tensor) -> Sequence[Tensor]:
+        """The tensor without the amount."""
+        return [whole - self.amount]
+
+
+@dataclass(frozen=True)
 class Rule:
     """One tensor of ours and where it comes from.
 
