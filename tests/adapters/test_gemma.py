@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,13 @@ def test_a_converted_model_loads_without_gguf(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delitem(modules, name)
     monkeypatch.setitem(modules, "gguf", None)
     gemma.load()
+
+
+@pytest.mark.usefixtures("parts")
+def test_mini_loads_without_what_takes_seconds_to_import() -> None:
+    code = "import sys, blip2; blip2.load(); print({'transformers', 'gguf', 'torch._dynamo'} & sys.modules.keys())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("package", [gemma.PACKAGE, f"{gemma.PACKAGE}_part4", "gguf", "transformers"])

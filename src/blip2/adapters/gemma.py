@@ -23,6 +23,7 @@ from blip2.model.gemma import Gemma
 from blip2.text import Tokenizer
 from blip2.weights.maps import gguf as maps
 from blip2.weights.rules import for_layers, to_ours
+from blip2.weights.skeleton import skeleton
 
 NAME = "gemma-3-270m"
 LAYOUT = 2  # of the converted directory; another number makes it anew
@@ -53,7 +54,7 @@ def load() -> tuple[Gemma, Tokenizer]:
         CheckpointError: the packages' file is damaged, or the cache cannot be written.
     """
     place = _converted()
-    with torch.device("meta"):
+    with skeleton():
         language = Gemma(GemmaConfig(**json.loads((place / "config.json").read_text())))
     language.load_state_dict(load_file(place / "model.safetensors"), assign=True)
     language.requires_grad_(False)

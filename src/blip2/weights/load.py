@@ -16,6 +16,7 @@ from blip2.errors import CheckpointError
 from blip2.model.bridge import Bridge
 from blip2.model.vision import VisionTransformer
 from blip2.weights.save import FROZEN_WORDS
+from blip2.weights.skeleton import skeleton
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def load(directory: Path, words: Tensor | None = None) -> Loaded:
         ConfigError: the configuration has an unknown key or a wrong value.
     """
     config = load_config(directory)
-    with torch.device("meta"):
+    with skeleton():
         bridge = Bridge(config)
     extra = {FROZEN_WORDS: words} if config.qformer.frozen_words and words is not None else {}
     _fill(bridge, directory / "bridge.safetensors", extra)
@@ -52,7 +53,7 @@ def load(directory: Path, words: Tensor | None = None) -> Loaded:
         bridge.qformer.words.weight.requires_grad_(False)
     vision = None
     if isinstance(config.vision, VisionConfig):
-        with torch.device("meta"):
+        with skeleton():
             vision = VisionTransformer(config.vision)
         _fill(vision, directory / "vision.safetensors", {})
         vision.requires_grad_(False).eval()
