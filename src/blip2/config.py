@@ -124,6 +124,32 @@ class OPTConfig(Strict):
 
 
 @dataclass(frozen=True)
+class T5Config(Strict):
+    """An encoder-decoder of the T5 1.1 family. The defaults are Flan-T5-XL as BLIP-2 uses it.
+
+    Attributes:
+        buckets, max_distance: of the relative positions.
+        activation: of the gated feed-forward; BLIP-2 computes the exact GELU where Flan-T5 was trained with tanh's.
+        tied: the head's weights are the embeddings, and its input is divided by the root of the width.
+        context: positions are relative and have no end; what prefix and text may fill is only bounded for safety.
+    """
+
+    width: int = 2048
+    layers: int = 24
+    heads: int = 32
+    head_width: int = 64
+    mlp_width: int = 5120
+    vocab_size: int = 32128
+    buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    tied: bool = False
+    start_id: int = 0
+    context: int = 4096
+
+
+@dataclass(frozen=True)
 class GemmaConfig(Strict):
     """A text-only decoder of the Gemma 3 family. The defaults are Gemma 3 270M.
 

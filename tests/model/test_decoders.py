@@ -1,4 +1,4 @@
-"""OPT and Gemma against transformers, weights through the real maps: the protocol, padding, beams, gradients."""
+"""OPT, T5 and Gemma against transformers, weights through the real maps: the protocol, padding, beams, gradients."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blip2.adapters.transformers_lm import TransformersLM
-from blip2.config import GemmaConfig, OPTConfig
+from blip2.config import GemmaConfig, OPTConfig, T5Config
 from blip2.errors import ConfigError, PromptError
 from blip2.model.decoder import Decoder
 from blip2.model.gemma import Gemma
 from blip2.model.opt import OPT
+from blip2.model.t5 import T5
 from blip2.protocols import LanguageModel
 from blip2.weights.maps import transformers as maps
 from blip2.weights.rules import for_layers, to_ours, to_theirs
 
 transformers = pytest.importorskip("transformers")
 
+Model = Decoder | T5
+
 VOCAB = 61
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order; logits reach 20, the worst seen was 1e-5
 LENGTHS = torch.tensor([5, 1, 9, 3])
 
 
-def _opt() -> tuple[Any, Decoder, Any]:
+def _opt() -> tuple[Any, Model, Any]:
     theirs = transformers.OPTForCausalLM(
         transformers.OPTConfig(
             vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=3,
@@ -38,7 +41,7 @@ def _opt() -> tuple[Any, Decoder, Any]:
     return theirs, OPT(config), for_layers(maps.OPT, 3)
 
 
-def _gemma() -> tuple[Any, Decoder, Any]:
+def _gemma() -> tuple[Any, Model, Any]:
     theirs = transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -54,15 +57,39 @@ def _gemma() -> tuple[Any, Decoder, Any]:
     return theirs, Gemma(config), for_layers(maps.gemma(config), 3)
 
 
-@pytest.fixture(scope="module", params=[_opt, _gemma], ids=["opt", "gemma"])
-def pair(request: pytest.FixtureRequest) -> tuple[TransformersLM, Decoder]:
+def _t5(*, tied: bool = False) -> tuple[Any, Model, Any]:
+    theirs = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, pad_token_id=0, eos_token_id=1,
+            feed_forward_proj="gated-gelu", dense_act_fn="gelu_new" if tied else "gelu", decoder_start_token_id=0,
+            relative_attention_num_buckets=8, relative_attention_max_distance=7, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+    theirs.config.scale_decoder_outputs = tied
+    config = T5Config(
+        width=32, layers=3, heads=4, head_width=8, mlp_width=48, vocab_size=VOCAB, buckets=8, max_distance=7,
+        activation="gelu_tanh" if tied else "gelu", tied=tied,
+    )  # fmt: skip
+    return theirs, T5(config), for_layers(maps.t5(config), 3)
+
+
+def _tied_t5() -> tuple[Any, Model, Any]:
+    return _t5(tied=True)
+
+
+COPIES = {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}  # of the embeddings, if tied
+
+
+@pytest.fixture(scope="module", params=[_opt, _gemma, _t5, _tied_t5], ids=["opt", "gemma", "t5", "tied t5"])
+def pair(request: pytest.FixtureRequest) -> tuple[TransformersLM, Model]:
     """transformers' model behind its adapter, which is tested on its own, and ours with the same weights."""
     torch.manual_seed(3)
     theirs, ours, rules = request.param()
     with torch.no_grad():
         for parameter in theirs.parameters():  # well separated logits, and norms and biases that do something
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.2))
-    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}  # tied
+    copies = COPIES - {name for rule in rules for name in rule.theirs}
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if name not in copies}
     converted = to_ours(rules, state, "test")
     ours.load_state_dict(converted)
     back = to_theirs(rules, ours.state_dict(), "test")
@@ -75,7 +102,7 @@ def prefixes(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def test_it_is_a_language_model_of_the_same_sizes(pair: tuple[TransformersLM, Decoder]):
+def test_it_is_a_language_model_of_the_same_sizes(pair: tuple[TransformersLM, Model]):
     theirs, ours = pair
     assert isinstance(ours, LanguageModel)
     assert (ours.width, ours.vocab_size, ours.context) == (theirs.width, theirs.vocab_size, theirs.context)
@@ -87,7 +114,7 @@ def test_it_is_a_language_model_of_the_same_sizes(pair: tuple[TransformersLM, De
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99), data=st.data())
 @torch.no_grad()
 def test_reading_and_writing_equal_transformers_whatever_rows_are_chosen_on_the_way(
-    pair: tuple[TransformersLM, Decoder], lengths: list[int], seed: int, data: st.DataObject
+    pair: tuple[TransformersLM, Model], lengths: list[int], seed: int, data: st.DataObject
 ):
     theirs, ours = pair
     prefix, real = prefixes(len(lengths), 9, seed), torch.tensor(lengths)
@@ -104,7 +131,7 @@ def test_reading_and_writing_equal_transformers_whatever_rows_are_chosen_on_the_
 
 
 @torch.no_grad()
-def test_choosing_rows_leaves_the_cache_they_came_from_alone(pair: tuple[TransformersLM, Decoder]):
+def test_choosing_rows_leaves_the_cache_they_came_from_alone(pair: tuple[TransformersLM, Model]):
     _, ours = pair
     _, cache = ours.prefill(prefixes(3, 5), torch.tensor([5, 2, 4]))
     ours.step(torch.tensor([1, 2, 3]), cache)
@@ -117,7 +144,7 @@ def test_choosing_rows_leaves_the_cache_they_came_from_alone(pair: tuple[Transfo
 
 @pytest.mark.parametrize("common", [None, 1, 3])
 def test_log_probs_and_gradients_equal_transformers(
-    pair: tuple[TransformersLM, Decoder], common: int | None, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[TransformersLM, Model], common: int | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("blip2.model.scoring.GROUP", 2)
     theirs, ours = pair
@@ -137,7 +164,7 @@ def test_log_probs_and_gradients_equal_transformers(
 
 
 @torch.no_grad()
-def test_a_part_of_the_vocabulary_has_the_same_logits(pair: tuple[TransformersLM, Decoder]):
+def test_a_part_of_the_vocabulary_has_the_same_logits(pair: tuple[TransformersLM, Model]):
     _, ours = pair
     some = torch.tensor([3, 8, 50])
     prefix, lengths = prefixes(2, 4), torch.tensor([4, 2])
@@ -148,7 +175,7 @@ def test_a_part_of_the_vocabulary_has_the_same_logits(pair: tuple[TransformersLM
     torch.testing.assert_close(ours.step(ids, same, some), ours.step(ids, cache)[:, some])
 
 
-def test_what_cannot_be_is_an_error(pair: tuple[TransformersLM, Decoder]):
+def test_what_cannot_be_is_an_error(pair: tuple[TransformersLM, Model]):
     _, ours = pair
     with pytest.raises(PromptError, match="a prefix is empty"):
         ours.prefill(prefixes(2, 4), torch.tensor([4, 0]))

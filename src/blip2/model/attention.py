@@ -29,7 +29,8 @@ def attend(
     Args:
         query: float[B, A, N, d].
         key, value: float[B, A, M, d], or with fewer heads, each for as many neighbouring ones of the query.
-        mask: bool, broadcastable to [B, A, N, M]; True where the query may look. Each query must see something.
+        mask: broadcastable to [B, A, N, M]: bool, True where the query may look; or float, added to the scores. Each
+            query must see something.
         dropout: probability on the attention weights.
         causal: each query sees the keys up to its own position; instead of a mask.
         scale: 1 / √d where None.

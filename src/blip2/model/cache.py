@@ -44,6 +44,10 @@ class Cache:
         chosen._own = [(_moved(key, rows, self.steps), _moved(value, rows, self.steps)) for key, value in self._own]
         return chosen
 
+    def keep(self, key: Tensor, value: Tensor) -> None:
+        """What the next layer's queries will see of each prompt: float[P, A, S, d]."""
+        self._prompts.append((key, value))
+
     def read(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
@@ -57,7 +61,7 @@ class Cache:
             float[P, S, H * d].
         """
         assert layer == len(self._prompts)
-        self._prompts.append((key, value))
+        self.keep(key, value)
         length = query.shape[2]
         if window is None or length <= window:
             return attend(query, key, value, causal=True, scale=scale)
@@ -89,6 +93,25 @@ class Cache:
         weights, own_weights = weights.split([scores.shape[-1], own_scores.shape[-1]], dim=-1)
         out = self._to_rows(self._to_prompts(weights) @ prompt_value, query.shape[2]) + own_weights @ own_value
         return out.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4).flatten(2)  # (B, T, A * G * d)
+
+    def cross(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention to the prompt of each row alone: float[B, H, T, d] to float[B, T, H * d] (encoder-decoders)."""
+        key, value = self._prompts[layer]
+        real = torch.arange(key.shape[2], device=key.device) < self.lengths[:, None]  # (P, S)
+        seen = attend(self._to_prompts(query), key, value, real[:, None, None], scale=scale)  # (P, n * T, H * d)
+        return self._to_rows(seen[:, None], query.shape[2])[:, 0]
+
+    def own(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor) -> Tensor:
+        """Attention to what the row has read since its prompt, itself included (encoder-decoders).
+
+        Args:
+            query, key, value: float[B, H, T, d]; keys and values are kept.
+            bias: float[H, T, t], added to the scores; -inf where a query may not look.
+        Returns:
+            float[B, T, H * d].
+        """
+        keys, values = self._add(layer, key, value)
+        return attend(query, keys, values, bias, scale=scale)
 
     def advance(self, count: int) -> None:
         """All layers have read so many new positions."""

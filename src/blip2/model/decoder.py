@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip2.model.cache import Cache
-from blip2.model.scoring import HeadRows, by_length, check_prefix, chosen_log_probs, first_of_each, packed, pick
+from blip2.model.language import Language
+from blip2.model.scoring import by_length, check_prefix, chosen_log_probs, first_of_each, packed, pick
 
 
 class Attend(Protocol):
@@ -24,28 +24,8 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-class Decoder(nn.Module, ABC):
-    """A frozen decoder-only language model; satisfies `protocols.LanguageModel`.
-
-    A model says what its layers compute (`hidden`) and has `words`, its embeddings and, tied, its head.
-    """
-
-    words: nn.Embedding
-    context: int
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._head = HeadRows()
-
-    @property
-    def width(self) -> int:
-        """Width of an embedding."""
-        return self.words.embedding_dim
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        return self.words.num_embeddings
+class Decoder(Language, ABC):
+    """A frozen decoder-only language model; satisfies `protocols.LanguageModel`. A model says what its layers do."""
 
     @abstractmethod
     def hidden(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -57,14 +37,6 @@ class Decoder(nn.Module, ABC):
         Returns:
             float[B, T, D], ready for the head.
         """
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings: int64[...] to float[..., D]."""
-        return self.words(ids)
-
-    def train(self, mode: bool = True) -> Decoder:  # noqa: ARG002
-        """Stays in evaluation mode: the model is frozen."""
-        return super().train(False)
 
     def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, Cache]:
         """Read the prefix once; see `protocols.LanguageModel`.
@@ -113,12 +85,6 @@ class Decoder(nn.Module, ABC):
             places = places - (common - 1)
         hidden = pick(hidden, places.clamp(max=hidden.shape[1] - 1))
         return chosen_log_probs(hidden, targets, vocabulary, self.vocab_size, lambda x: self.logits(x, vocabulary))
-
-    def logits(self, hidden: Tensor, vocabulary: Tensor | None = None) -> Tensor:
-        """float[N, D] to float32[N, V], or [N, K] of some tokens."""
-        weight = self.words.weight
-        scores = F.linear(hidden, *((weight, None) if vocabulary is None else self._head(vocabulary, weight, None)))
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def _read(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
         cache = Cache(lengths)

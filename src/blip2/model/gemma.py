@@ -22,10 +22,8 @@ class Gemma(Decoder):
     """The language model; `protocols.LanguageModel`."""
 
     def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
+        super().__init__(config.width, config.vocab_size, config.context)
         self.config = config
-        self.context = config.context
-        self.words = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.requires_grad_(False).eval()

@@ -19,10 +19,8 @@ class OPT(Decoder):
     """The language model; `protocols.LanguageModel`."""
 
     def __init__(self, config: OPTConfig) -> None:
-        super().__init__()
+        super().__init__(config.width, config.vocab_size, config.context)
         self.config = config
-        self.context = config.context
-        self.words = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.context + POSITION_OFFSET, config.width)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
