@@ -9,7 +9,7 @@ import transformers
 
 from blip2.adapters.transformers_lm import TransformersLM
 from blip2.blip2 import Blip2
-from blip2.config import Blip2Config, LanguageConfig, PromptConfig, QFormerConfig, VisionConfig
+from blip2.config import Blip2Config, OPTConfig, PromptConfig, QFormerConfig, VisionConfig
 from blip2.model.bridge import Bridge
 from blip2.model.vision import VisionTransformer
 from blip2.text import Tokenizer
@@ -40,7 +40,7 @@ def build(*, language: bool = True, heads: bool = True, prompts: PromptConfig | 
     config = Blip2Config(
         vision=VISION,
         qformer=QFORMER,
-        language=LanguageConfig(width=16) if language else None,
+        language=OPTConfig(width=16) if language else None,
         embedding_width=8,
         heads=heads,
         prompts=prompts or PromptConfig(),

@@ -104,17 +104,10 @@ class QFormerConfig(Strict):
 
 
 @dataclass(frozen=True)
-class LanguageConfig(Strict):
-    """A language model whose weights come with the checkpoint (the published ones); `kind` names its architecture."""
-
-    kind: Literal["opt", "t5"] = "opt"
-    width: int = 2560
-
-
-@dataclass(frozen=True)
 class OPTConfig(Strict):
     """A decoder of the OPT family with norms before its blocks. The defaults are OPT-2.7b."""
 
+    kind: Literal["opt"] = "opt"
     width: int = 2560
     layers: int = 32
     heads: int = 32
@@ -134,6 +127,7 @@ class T5Config(Strict):
         context: positions are relative and have no end; what prefix and text may fill is only bounded for safety.
     """
 
+    kind: Literal["t5"] = "t5"
     width: int = 2048
     layers: int = 24
     heads: int = 32
@@ -175,6 +169,10 @@ class GemmaConfig(Strict):
     local_theta: float = 10_000.0
     global_theta: float = 1_000_000.0
     norm_eps: float = 1e-6
+
+
+LanguageConfig = OPTConfig | T5Config
+"""A language model whose weights come with the checkpoint: the published ones."""
 
 
 @dataclass(frozen=True)
@@ -246,21 +244,25 @@ def _generative(vision: VisionConfig, language: LanguageConfig) -> Blip2Config:
     return Blip2Config(vision=vision, qformer=qformer, language=language, heads=False)
 
 
+OPT_2_7B = OPTConfig()
+OPT_6_7B = OPTConfig(width=4096, mlp_width=16384)
+FLAN_T5_XL = T5Config()
+FLAN_T5_XXL = T5Config(width=4096, heads=64, mlp_width=10240)
 _EVA_G_COCO = dataclasses.replace(EVA_G, image_size=364)
 
 PRESETS: dict[str, Blip2Config] = {
     "pretrain": Blip2Config(),
     "pretrain_vitL": Blip2Config(vision=CLIP_L, qformer=QFormerConfig(encoder_width=1024)),
     "coco": Blip2Config(vision=_EVA_G_COCO),
-    "pretrain_opt2.7b": _generative(EVA_G, LanguageConfig("opt", 2560)),
-    "pretrain_opt6.7b": _generative(EVA_G, LanguageConfig("opt", 4096)),
-    "pretrain_flant5xl": _generative(EVA_G, LanguageConfig("t5", 2048)),
-    "pretrain_flant5xxl": _generative(EVA_G, LanguageConfig("t5", 4096)),
-    "pretrain_vitL_opt2.7b": _generative(CLIP_L, LanguageConfig("opt", 2560)),
-    "pretrain_flant5xl_vitL": _generative(CLIP_L, LanguageConfig("t5", 2048)),
-    "caption_coco_opt2.7b": _generative(_EVA_G_COCO, LanguageConfig("opt", 2560)),
-    "caption_coco_opt6.7b": _generative(_EVA_G_COCO, LanguageConfig("opt", 4096)),
-    "caption_coco_flant5xl": _generative(_EVA_G_COCO, LanguageConfig("t5", 2048)),
+    "pretrain_opt2.7b": _generative(EVA_G, OPT_2_7B),
+    "pretrain_opt6.7b": _generative(EVA_G, OPT_6_7B),
+    "pretrain_flant5xl": _generative(EVA_G, FLAN_T5_XL),
+    "pretrain_flant5xxl": _generative(EVA_G, FLAN_T5_XXL),
+    "pretrain_vitL_opt2.7b": _generative(CLIP_L, OPT_2_7B),
+    "pretrain_flant5xl_vitL": _generative(CLIP_L, FLAN_T5_XL),
+    "caption_coco_opt2.7b": _generative(_EVA_G_COCO, OPT_2_7B),
+    "caption_coco_opt6.7b": _generative(_EVA_G_COCO, OPT_6_7B),
+    "caption_coco_flant5xl": _generative(_EVA_G_COCO, FLAN_T5_XL),
     "mini": Blip2Config(
         vision=PartConfig("efficientnet-lite2", width=1280),
         text=PartConfig("minilm-l6", width=384),

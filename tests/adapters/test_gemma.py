@@ -65,7 +65,7 @@ def test_it_gives_the_logits_of_transformers(parts: tuple[Gemma, Tokenizer]) -> 
     transformers: Any = pytest.importorskip("transformers")
     with torch.device("meta"):
         theirs = transformers.Gemma3ForCausalLM(_theirs(transformers, language))
-    rules = for_layers(maps.gemma(language.config), language.config.layers)
+    rules = for_layers(maps.gemma(language.config), range(language.config.layers))
     theirs.load_state_dict(to_theirs(rules, language.state_dict(), "test"), assign=True, strict=False)
     theirs.tie_weights()
     rope = theirs.model.rotary_emb

@@ -38,7 +38,7 @@ def _opt() -> tuple[Any, Model, Any]:
         )
     )  # fmt: skip
     config = OPTConfig(width=32, layers=3, heads=4, mlp_width=48, vocab_size=VOCAB, context=64)
-    return theirs, OPT(config), for_layers(maps.OPT, 3)
+    return theirs, OPT(config), for_layers(maps.OPT, range(3))
 
 
 def _gemma() -> tuple[Any, Model, Any]:
@@ -54,7 +54,7 @@ def _gemma() -> tuple[Any, Model, Any]:
         width=32, layers=3, heads=4, key_heads=2, head_width=8, mlp_width=48, vocab_size=VOCAB, context=64,
         query_scale=10, window=4, global_every=2,
     )  # fmt: skip
-    return theirs, Gemma(config), for_layers(maps.gemma(config), 3)
+    return theirs, Gemma(config), for_layers(maps.gemma(config), range(3))
 
 
 def _t5(*, tied: bool = False) -> tuple[Any, Model, Any]:
@@ -70,7 +70,7 @@ def _t5(*, tied: bool = False) -> tuple[Any, Model, Any]:
         width=32, layers=3, heads=4, head_width=8, mlp_width=48, vocab_size=VOCAB, buckets=8, max_distance=7,
         activation="gelu_tanh" if tied else "gelu", tied=tied,
     )  # fmt: skip
-    return theirs, T5(config), for_layers(maps.t5(config), 3)
+    return theirs, T5(config), for_layers(maps.t5(config), range(3))
 
 
 def _tied_t5() -> tuple[Any, Model, Any]:

@@ -92,7 +92,9 @@ def _convert(place: Path) -> None:
     reader = gguf.GGUFReader(source)
     config = _config(reader)
     state = {tensor.name: _dequantised(tensor) for tensor in reader.tensors}
-    save_file(to_ours(for_layers(maps.gemma(config), config.layers), state, source.name), place / "model.safetensors")
+    save_file(
+        to_ours(for_layers(maps.gemma(config), range(config.layers)), state, source.name), place / "model.safetensors"
+    )
     (place / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     source.unlink()
 

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from blip2.config import PRESETS, Blip2Config, LanguageConfig, PartConfig, VisionConfig, read_config
+from blip2.config import (
+    FLAN_T5_XL,
+    FLAN_T5_XXL,
+    OPT_2_7B,
+    OPT_6_7B,
+    PRESETS,
+    Blip2Config,
+    LanguageConfig,
+    OPTConfig,
+    PartConfig,
+    VisionConfig,
+    read_config,
+)
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
+from blip2.model.opt import OPT
+from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.weights.assemble import model_directory
+from blip2.weights.skeleton import skeleton
 
-_OPT = "OPT licence: research only"
 _APACHE = "Apache-2.0"
 
 # What others made: name, parameters (of frozen parts as they are loaded, norms folded), licence.
-_LANGUAGE = {
-    ("opt", 2560): ("OPT-2.7B", 2_651_596_800, _OPT),
-    ("opt", 4096): ("OPT-6.7B", 6_658_473_984, _OPT),
-    ("t5", 2048): ("Flan-T5-XL", 2_849_757_184, _APACHE),
-    ("t5", 4096): ("Flan-T5-XXL", 11_135_332_352, _APACHE),
-}
+_LANGUAGE = {OPT_2_7B: "OPT-2.7B", OPT_6_7B: "OPT-6.7B", FLAN_T5_XL: "Flan-T5-XL", FLAN_T5_XXL: "Flan-T5-XXL"}
+_LICENCE = {"opt": "OPT licence: research only", "t5": _APACHE}
 _PARTS = {
     "efficientnet-lite2": ("EfficientNet-Lite2", 6_063_024, _APACHE),
     "gemma-3-270m": ("Gemma 3 270M", 268_098_176, "Gemma terms of use"),
@@ -65,7 +74,7 @@ def named_config(name: str) -> Blip2Config:
 
 def parts_of(config: Blip2Config) -> list[Part]:
     """The parts of a configuration; what is our own is counted on the meta device, where it takes no memory."""
-    with torch.device("meta"):
+    with skeleton():
         bridge = Bridge(config)
     trained = sum(p.numel() for p in bridge.parameters() if p.requires_grad)
     parts = [_vision(config.vision), Part("bridge", "Q-Former", trained, True, "BSD-3-Clause")]
@@ -81,7 +90,7 @@ def parts_of(config: Blip2Config) -> list[Part]:
 def _vision(config: VisionConfig | PartConfig) -> Part:
     if isinstance(config, PartConfig):
         return _frozen("image encoder", config)
-    with torch.device("meta"):
+    with skeleton():
         count = _parameters(VisionTransformer(config))
     name = "CLIP ViT-L/14" if config.pre_norm else "EVA-CLIP ViT-g/14"
     return Part("image encoder", f"{name}, {config.image_size} px", count, False, "MIT")
@@ -93,8 +102,9 @@ def _frozen(role: str, config: PartConfig) -> Part:
 
 
 def _published(config: LanguageConfig) -> Part:
-    name, parameters, licence = _LANGUAGE.get((config.kind, config.width), (config.kind, None, "its own"))
-    return Part("language model", name, parameters, False, licence)
+    with skeleton():
+        count = _parameters(OPT(config) if isinstance(config, OPTConfig) else T5(config))
+    return Part("language model", _LANGUAGE.get(config, config.kind), count, False, _LICENCE[config.kind])
 
 
 def _parameters(module: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """How the tensors of one format become those of another: tables of rules that can be read both ways.
 
-A rule names one tensor of ours and what it is made of in the other format. `*` in the names is a layer's number. A rule
-that fits nothing, and a tensor that no rule fits, are errors.
+A rule names tensors of ours, mostly one, and what they are made of in the other format. `*` in the names is a layer's
+number. A rule that fits nothing, and a tensor that no rule fits, are errors.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ SHOWN = 8  # names that an error lists
 
 
 class Operation(Protocol):
-    """From tensors of the other format to one of ours, and back."""
+    """From tensors of the other format to ours, and back."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor: ...
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]: ...
 
-    def split(self, whole: Tensor) -> Sequence[Tensor]: ...
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor, as it is."""
+    """As it is."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The only part."""
-        (only,) = parts
-        return only
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same."""
+        return theirs
 
-    def split(self, whole: Tensor) -> Sequence[Tensor]:
-        """The tensor, alone."""
-        return [whole]
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same."""
+        return ours
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several tensors, one below the other.
+    """Several tensors of theirs, one below the other.
 
     Attributes:
         shares: how many equal parts of the whole each takes.
@@ -50,19 +49,20 @@ class Stacked:
 
     shares: tuple[int, ...]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Along the first dimension."""
-        return torch.cat(list(parts))
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One tensor, along the first dimension."""
+        return [torch.cat(list(theirs))]
 
-    def split(self, whole: Tensor) -> Sequence[Tensor]:
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
         """Views of the parts."""
+        (whole,) = ours
         part = len(whole) // sum(self.shares)
         return whole.split([share * part for share in self.shares])
 
 
 @dataclass(frozen=True)
 class Plus:
-    """One tensor, a number added to each of its values.
+    """A number added to each value.
 
     Attributes:
         amount: what ours has more.
@@ -70,38 +70,59 @@ class Plus:
 
     amount: float
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The only part, plus the amount."""
-        (only,) = parts
-        return only + self.amount
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Theirs, plus the amount."""
+        return [tensor + self.amount for tensor in theirs]
 
-    def split(self, whole: Tensor) -> Sequence[Tensor]:
-        """The tensor without the amount."""
-        return [whole - self.amount]
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Ours without the amount."""
+        return [tensor - self.amount for tensor in ours]
+
+
+@dataclass(frozen=True)
+class KeyBias:
+    """One bias of theirs for query, key and value, of which ours keeps query and value: the key's is zero (EVA)."""
+
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Biases of query and value.
+
+        Raises:
+            CheckpointError: the key has a bias too.
+        """
+        (whole,) = theirs
+        query, key, value = whole.chunk(3)
+        if key.any():
+            raise CheckpointError("an attention key of the vision encoder has a bias, where this encoder has none")
+        return [query, value]
+
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One bias, zeros in its middle."""
+        query, value = ours
+        return [torch.cat([query, torch.zeros_like(query), value])]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of ours and where it comes from.
+    """Some tensors of ours and where they come from.
 
     Attributes:
-        ours: its name, with `*` for a layer's number.
-        theirs: names of what it is made of, in order.
+        ours: names, with `*` for a layer's number.
+        theirs: names of what they are made of, in order.
     """
 
-    ours: str
+    ours: tuple[str, ...]
     theirs: tuple[str, ...]
     operation: Operation = field(default_factory=Same)
 
     def at(self, layer: int) -> Rule:
         """The rule for one layer."""
-        theirs = tuple(name.replace("*", str(layer)) for name in self.theirs)
-        return replace(self, ours=self.ours.replace("*", str(layer)), theirs=theirs)
+        ours, theirs = (tuple(name.replace("*", str(layer)) for name in names) for names in (self.ours, self.theirs))
+        return replace(self, ours=ours, theirs=theirs)
 
 
 def same(pairs: Mapping[str, str]) -> list[Rule]:
     """Rules for tensors that only change their name: ours to theirs."""
-    return [Rule(ours, (theirs,)) for ours, theirs in pairs.items()]
+    return [Rule((ours,), (theirs,)) for ours, theirs in pairs.items()]
 
 
 def weights_and_biases(pairs: Mapping[str, str]) -> list[Rule]:
@@ -111,12 +132,18 @@ def weights_and_biases(pairs: Mapping[str, str]) -> list[Rule]:
 
 def within(rules: Iterable[Rule], ours: str = "", theirs: str = "") -> list[Rule]:
     """The rules of a part for the whole that it stands in: each name with what stands before it."""
-    return [replace(rule, ours=ours + rule.ours, theirs=tuple(theirs + name for name in rule.theirs)) for rule in rules]
+    return [
+        replace(
+            rule, ours=tuple(ours + name for name in rule.ours), theirs=tuple(theirs + name for name in rule.theirs)
+        )
+        for rule in rules
+    ]
 
 
-def for_layers(rules: Iterable[Rule], layers: int) -> list[Rule]:
-    """Every rule with a `*` once for each layer."""
-    return [each for rule in rules for each in ([rule.at(n) for n in range(layers)] if "*" in rule.ours else [rule])]
+def for_layers(rules: Iterable[Rule], layers: Iterable[int]) -> list[Rule]:
+    """Every rule with a `*` once for each of the layers."""
+    numbers = list(layers)
+    return [each for rule in rules for each in ([rule.at(n) for n in numbers] if "*" in rule.ours[0] else [rule])]
 
 
 def to_ours(rules: Sequence[Rule], state: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
@@ -128,18 +155,21 @@ def to_ours(rules: Sequence[Rule], state: Mapping[str, Tensor], source: object) 
     Raises:
         CheckpointError: a tensor is missing or left over; the message lists them.
     """
-    needed = [name for rule in rules for name in rule.theirs]
-    check(set(needed), state.keys(), source)
-    return {rule.ours: rule.operation.join([state[name] for name in rule.theirs]) for rule in rules}
+    check((name for rule in rules for name in rule.theirs), state.keys(), source)
+    return {
+        name: tensor
+        for rule in rules
+        for name, tensor in zip(rule.ours, rule.operation.join([state[name] for name in rule.theirs]), strict=True)
+    }
 
 
 def to_theirs(rules: Sequence[Rule], state: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
     """Our tensors by the other format's names; the way back of `to_ours`."""
-    check({rule.ours for rule in rules}, state.keys(), source)
+    check((name for rule in rules for name in rule.ours), state.keys(), source)
     return {
-        name: part
+        name: tensor
         for rule in rules
-        for name, part in zip(rule.theirs, rule.operation.split(state[rule.ours]), strict=True)
+        for name, tensor in zip(rule.theirs, rule.operation.split([state[name] for name in rule.ours]), strict=True)
     }
 
 

@@ -25,11 +25,11 @@ def gemma(config: GemmaConfig) -> list[Rule]:
                 "layers.*.down.weight": "blk.*.ffn_down.weight",
             }
         ),
-        *[Rule(f"{ours}.weight", (f"{theirs}.weight",), Plus(-1.0)) for ours, theirs in norms.items()],
+        *[Rule((f"{ours}.weight",), (f"{theirs}.weight",), Plus(-1.0)) for ours, theirs in norms.items()],
         Rule(
-            "layers.*.qkv.weight",
+            ("layers.*.qkv.weight",),
             tuple(f"blk.*.attn_{part}.weight" for part in "qkv"),
             Stacked((config.heads, config.key_heads, config.key_heads)),
         ),
-        Rule("layers.*.gate_up.weight", ("blk.*.ffn_gate.weight", "blk.*.ffn_up.weight"), Stacked((1, 1))),
+        Rule(("layers.*.gate_up.weight",), ("blk.*.ffn_gate.weight", "blk.*.ffn_up.weight"), Stacked((1, 1))),
     ]

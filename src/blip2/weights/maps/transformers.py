@@ -20,7 +20,7 @@ OPT: list[Rule] = [
     ),
     *[
         Rule(
-            f"layers.*.qkv.{kind}",
+            (f"layers.*.qkv.{kind}",),
             tuple(f"model.decoder.layers.*.self_attn.{part}_proj.{kind}" for part in "qkv"),
             Stacked((1, 1, 1)),
         )
@@ -47,12 +47,12 @@ def gemma(config: GemmaConfig) -> list[Rule]:
             }
         ),
         Rule(
-            "layers.*.qkv.weight",
+            ("layers.*.qkv.weight",),
             tuple(f"model.layers.*.self_attn.{part}_proj.weight" for part in "qkv"),
             Stacked((config.heads, config.key_heads, config.key_heads)),
         ),
         Rule(
-            "layers.*.gate_up.weight",
+            ("layers.*.gate_up.weight",),
             tuple(f"model.layers.*.mlp.{part}_proj.weight" for part in ("gate", "up")),
             Stacked((1, 1)),
         ),
@@ -82,8 +82,8 @@ def t5(config: T5Config) -> list[Rule]:
             }
         )
         rules += [
-            Rule(f"{stack}.*.qkv.weight", tuple(f"{attention}.{part}.weight" for part in "qkv"), Stacked((1, 1, 1))),
-            Rule(f"{stack}.*.mlp.gate_up.weight", (f"{dense}.wi_0.weight", f"{dense}.wi_1.weight"), Stacked((1, 1))),
+            Rule((f"{stack}.*.qkv.weight",), tuple(f"{attention}.{part}.weight" for part in "qkv"), Stacked((1, 1, 1))),
+            Rule((f"{stack}.*.mlp.gate_up.weight",), (f"{dense}.wi_0.weight", f"{dense}.wi_1.weight"), Stacked((1, 1))),
         ]
     cross = f"{_block('decoder', '*', 1)}.EncDecAttention"
     rules += same(
@@ -94,7 +94,7 @@ def t5(config: T5Config) -> list[Rule]:
         }
     )
     both = tuple(f"{cross}.{part}.weight" for part in "kv")
-    return [*rules, Rule("decoder.*.cross_key_value.weight", both, Stacked((1, 1)))]
+    return [*rules, Rule(("decoder.*.cross_key_value.weight",), both, Stacked((1, 1)))]
 
 
 def _block(stack: str, number: int | str, part: int) -> str:
