@@ -229,7 +229,7 @@ class Blip2:
     def _prefix(self, features: ImageFeatures, prompts: Sequence[str], room: int) -> tuple[Tensor, Tensor]:
         """Prefix embeddings and lengths, with room for so many new tokens."""
         language, tokenizer = self.writer()
-        ids = tokenizer.encode(prompts)
+        ids = tokenizer.prompts(prompts)
         longest = features.queries.shape[1] + 1 + max(map(len, ids)) + room
         if longest > language.context:
             raise PromptError(

@@ -123,7 +123,8 @@ class T5Config(Strict):
     Attributes:
         buckets, max_distance: of the relative positions.
         activation: of the gated feed-forward; BLIP-2 computes the exact GELU where Flan-T5 was trained with tanh's.
-        tied: the head's weights are the embeddings, and its input is divided by the root of the width.
+        tied: the head's weights are the embeddings.
+        scaled: the head's input is divided by the root of the width, as in T5 1.0.
         context: positions are relative and have no end; what prefix and text may fill is only bounded for safety.
     """
 
@@ -139,6 +140,7 @@ class T5Config(Strict):
     norm_eps: float = 1e-6
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     tied: bool = False
+    scaled: bool = False
     start_id: int = 0
     context: int = 4096
 
@@ -203,6 +205,7 @@ class Blip2Config(Strict):
         embedding_width: of the shared image-text space (ITC).
         vision_norm_eps: of the LayerNorm between encoder and Q-Former (`ln_vision`).
         heads: whether the stage-1 heads (ITC, ITM, ITG) exist.
+        word_head: whether the one of ITG is among them; transformers' retrieval checkpoints have none.
         plain_texts: texts are matched in lower case and without a final dot, as this model's training read captions.
         vocabulary: how many of the language model's tokens are written, `vocabulary.safetensors` says which; all where
             None.
@@ -215,6 +218,7 @@ class Blip2Config(Strict):
     embedding_width: int = 256
     vision_norm_eps: float = 1e-5
     heads: bool = True
+    word_head: bool = True
     plain_texts: bool = False
     vocabulary: int | None = None
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)

@@ -26,6 +26,7 @@ class Tokenizer:
         bos: id that begins a sequence, None where the model has none. `encode` never adds it.
         pad: id that fills rows; never read.
         stop_ids: ids that end a generated text; the first ends a training text.
+        end: id that ends what an encoder-decoder reads, None elsewhere. `encode` never adds it.
         frame: ids put before and after every text by `encode`, such as ([CLS], [SEP]); None for language models.
     """
 
@@ -33,11 +34,19 @@ class Tokenizer:
     bos: int | None
     pad: int
     stop_ids: tuple[int, ...]
+    end: int | None = None
     frame: tuple[int, int] | None = None
 
     @classmethod
     def from_file(
-        cls, path: Path, *, bos: int | None, pad: int, stop_ids: tuple[int, ...], frame: tuple[int, int] | None = None
+        cls,
+        path: Path,
+        *,
+        bos: int | None,
+        pad: int,
+        stop_ids: tuple[int, ...],
+        end: int | None = None,
+        frame: tuple[int, int] | None = None,
     ) -> Self:
         """A tokenizer from a `tokenizer.json`.
 
@@ -52,7 +61,7 @@ class Tokenizer:
             raise CheckpointError(f"{path}: not a readable tokenizer.json: {error}") from None
         rust.no_padding()
         rust.no_truncation()
-        return cls(rust, bos, pad, stop_ids, frame)
+        return cls(rust, bos, pad, stop_ids, end, frame)
 
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Ids of each text, cut on the right to `max_length` (the frame included and kept)."""
@@ -62,6 +71,11 @@ class Tokenizer:
         room = None if max_length is None else max_length - 2
         first, last = self.frame
         return [[first, *encoding.ids[:room], last] for encoding in encodings]
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """What a language model reads after the image: `encode`, and the id that ends it where there is one."""
+        end = [] if self.end is None else [self.end]
+        return [[*ids, *end] for ids in self.encode(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens left out."""

@@ -68,7 +68,7 @@ def _t5(*, tied: bool = False) -> tuple[Any, Model, Any]:
     theirs.config.scale_decoder_outputs = tied
     config = T5Config(
         width=32, layers=3, heads=4, head_width=8, mlp_width=48, vocab_size=VOCAB, buckets=8, max_distance=7,
-        activation="gelu_tanh" if tied else "gelu", tied=tied,
+        activation="gelu_tanh" if tied else "gelu", tied=tied, scaled=tied,
     )  # fmt: skip
     return theirs, T5(config), for_layers(maps.t5(config), range(3))
 

@@ -45,6 +45,11 @@ class Narrowed(nn.Module):
         """The most positions that prefix and text may fill together."""
         return self.language.context
 
+    @property
+    def start_id(self) -> int | None:
+        """The token that every text of an encoder-decoder begins from."""
+        return getattr(self.language, "start_id", None)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings: int64[...] to float[..., D]."""
         return self.language.embed(ids)

@@ -73,6 +73,11 @@ class TransformersLM(nn.Module):
         """Whether the prefix is read by an encoder of its own."""
         return isinstance(self._body, _EncoderDecoder)
 
+    @property
+    def start_id(self) -> int | None:
+        """The token that every text of an encoder-decoder begins from."""
+        return self._body.first if isinstance(self._body, _EncoderDecoder) else None
+
     def train(self, mode: bool = True) -> TransformersLM:  # noqa: ARG002
         """Stays in evaluation mode: the model is frozen, and dropout would disturb what is trained through it."""
         return super().train(False)
@@ -264,13 +269,13 @@ class _EncoderDecoder:
         first = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
         if first is None:
             raise ConfigError(f"{type(model).__name__}: its configuration needs decoder_start_token_id")
-        self._first: int = first
+        self.first: int = first
 
     def start(self, prefix: Tensor) -> dict[str, Any]:
         return {"decoder_input_ids": self._starts(prefix)}
 
     def _starts(self, prefix: Tensor) -> Tensor:
-        return torch.full((len(prefix), 1), self._first, device=prefix.device)
+        return torch.full((len(prefix), 1), self.first, device=prefix.device)
 
     def _encode(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         mask = (torch.arange(prefix.shape[1], device=prefix.device) < lengths[:, None]).long()

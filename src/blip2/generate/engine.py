@@ -6,6 +6,7 @@ Letters: B prefixes, S prefix positions, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def generate(
     """
     check(method, limits)
     check_context(language, lengths, limits)
+    limits = begun(language, limits)
     seeds = row_seeds(method, seed, len(prefix))
     search: Search
     if isinstance(method, Beam):
@@ -66,6 +68,12 @@ def run(language: LanguageModel, prefix: Tensor, lengths: Tensor, search: Search
         if not torch.equal(rows, torch.arange(len(logits), device=rows.device)):
             cache = cache.select(rows)
         logits = language.step(ids, cache)
+
+
+def begun(language: LanguageModel, limits: Limits) -> Limits:
+    """The limits, with the token that an encoder-decoder's texts begin from: it counts as said, as in transformers."""
+    start: int | None = getattr(language, "start_id", None)
+    return limits if start is None else replace(limits, begun_with=(start,))
 
 
 def check_context(language: LanguageModel, lengths: Tensor, limits: Limits) -> None:

@@ -85,6 +85,7 @@ class Limits:
             (Keskar et al. 2019); 1 for none.
         no_repeat_ngram: no n tokens in a row occur twice; 0 for no such rule.
         captions: texts a row; at most the number of beams, and one for `Greedy`.
+        begun_with: tokens that count as said before every text; `generate` fills it for encoder-decoders.
     """
 
     max_new_tokens: int = 30
@@ -92,6 +93,7 @@ class Limits:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     captions: int = 1
+    begun_with: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.generate.beam import best_possible, candidate_count
-from blip2.generate.engine import check_context, row_seeds
+from blip2.generate.engine import begun, check_context, row_seeds
 from blip2.generate.methods import Beam, BeamSample, Greedy, Limits, Method, Sample, Tokens, check, tokens
 from blip2.generate.sample import FORBIDDEN, apply_limits, draw, draw_without_replacement, narrow, noise
 from blip2.protocols import LanguageModel
@@ -33,6 +33,7 @@ def generate(
     """As `engine.generate`, slowly."""
     check(method, limits)
     check_context(language, lengths, limits)
+    limits = begun(language, limits)
     seeds = row_seeds(method, seed, len(prefix))
     results: list[list[Tokens]] = []
     for row, length in enumerate(lengths.tolist()):

@@ -27,8 +27,12 @@ def apply_limits(scores: Tensor, history: Tensor, limits: Limits, stop_ids: tupl
     Returns:
         float[N, V]; the arguments stay as they are.
     """
-    scores = penalise_repetition(scores, history, limits.repetition_penalty)
-    scores = forbid_repeated_ngrams(scores, history, limits.no_repeat_ngram)
+    said = history
+    if limits.begun_with:
+        start = torch.tensor(limits.begun_with, dtype=torch.long, device=history.device)
+        said = torch.cat([start.expand(len(history), -1), history], 1)
+    scores = penalise_repetition(scores, said, limits.repetition_penalty)
+    scores = forbid_repeated_ngrams(scores, said, limits.no_repeat_ngram)
     if history.shape[1] < limits.min_new_tokens:
         scores = scores.index_fill(1, torch.tensor(stop_ids, dtype=torch.long, device=scores.device), FORBIDDEN)
     return scores

@@ -103,6 +103,8 @@ class Bridge(nn.Module):
             float[..., K or V].
         """
         words, head = self.qformer.words.weight, self._heads.words
+        if head is None:
+            raise ConfigError("this model has no word head: its format keeps none, and stage 1 trains one (ITG)")
         if vocabulary is None:
             return F.linear(head(hidden), words, head.bias)
         return F.linear(head(hidden), words[vocabulary], head.bias[vocabulary])

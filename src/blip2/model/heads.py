@@ -35,4 +35,5 @@ class StageOneHeads(nn.Module):
         self.text_proj = nn.Linear(width, config.embedding_width)
         self.itm_head = nn.Linear(width, 2)
         self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
-        self.words = WordHead(width, config.qformer.vocab_size, config.qformer.norm_eps)
+        words = WordHead(width, config.qformer.vocab_size, config.qformer.norm_eps) if config.word_head else None
+        self.words = words

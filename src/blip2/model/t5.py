@@ -38,6 +38,11 @@ class T5(Language):
         self.decoder_norm = RMSNorm(config)
         self.requires_grad_(False).eval()
 
+    @property
+    def start_id(self) -> int:
+        """The token that every text begins from."""
+        return self.config.start_id
+
     def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, Cache]:
         """Encode the prefix once; see `protocols.LanguageModel`.
 
@@ -106,7 +111,7 @@ class T5(Language):
         for layer in self.decoder:
             x = layer(x, bias, cache)
         cache.advance(count)
-        return self.decoder_norm(x) * (self.width**-0.5 if self.config.tied else 1.0)
+        return self.decoder_norm(x) * (self.width**-0.5 if self.config.scaled else 1.0)
 
     def _starts(self, rows: Tensor) -> Tensor:
         return torch.full((len(rows),), self.config.start_id, device=rows.device)

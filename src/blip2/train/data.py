@@ -240,7 +240,7 @@ class Texts:
         ]
         stop = self.language.stop_ids[0]
         targets = pad([[*row, stop][: self.max_length] for row in rows], -100)
-        return tuple(tuple(prompt) for prompt in prompts), targets
+        return tuple(tuple(prompt) for prompt in self.language.prompts([prompt for prompt, _ in pairs])), targets
 
 
 class Batches(Dataset[Batch]):

@@ -17,17 +17,20 @@ from blip2.config import LanguageConfig, PartConfig
 from blip2.errors import CheckpointError
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer
+from blip2.weights import transformers
 from blip2.weights.load import load, load_config
 
 
 def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
-    """A model from a directory in our own format.
+    """A model from a directory in our own format or in that of transformers.
 
     Args:
         dtype: of the frozen parts.
     Raises:
         CheckpointError, ConfigError, MissingExtraError: see `blip2.load`.
     """
+    if transformers.holds(directory):
+        return transformers.load(directory, device, dtype)
     config = load_config(directory)
     text = adapters.text_part(config.text) if config.text else None
     loaded = load(directory, text.words if text else None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from blip2.config import GemmaConfig, T5Config
-from blip2.weights.rules import Rule, Stacked, same, weights_and_biases
+from blip2.config import Blip2Config, GemmaConfig, OPTConfig, QFormerConfig, T5Config, VisionConfig
+from blip2.weights.rules import Rule, Stacked, for_layers, same, weights_and_biases, within
 
 OPT: list[Rule] = [
     *same({"words.weight": "model.decoder.embed_tokens.weight"}),
@@ -99,3 +99,100 @@ def t5(config: T5Config) -> list[Rule]:
 
 def _block(stack: str, number: int | str, part: int) -> str:
     return f"{stack}.block.{number}.layer.{part}"
+
+
+def blip2(config: Blip2Config) -> list[Rule]:
+    """The whole of `Blip2ForConditionalGeneration` or `Blip2ForImageTextRetrieval`; ours: vision, bridge, language."""
+    assert isinstance(config.vision, VisionConfig)
+    rules = for_layers(VISION, range(config.vision.layers)) + qformer(config.qformer)
+    if config.heads:
+        rules += weights_and_biases(
+            {
+                "bridge.heads.vision_proj": "vision_projection",
+                "bridge.heads.text_proj": "text_projection",
+                "bridge.heads.itm_head": "itm_head",
+            }
+        )
+    if isinstance(config.language, OPTConfig):
+        rules += within(for_layers(OPT, range(config.language.layers)), "language.", "language_model.")
+    elif isinstance(config.language, T5Config):
+        rules += within(for_layers(t5(config.language), range(config.language.layers)), "language.", "language_model.")
+    if config.language is not None:
+        rules += weights_and_biases({"bridge.language_projection": "language_projection"})
+    return rules
+
+
+_BLOCK = "vision_model.encoder.layers.*"
+VISION: list[Rule] = [
+    *same(
+        {
+            "vision.class_token": "vision_model.embeddings.class_embedding",
+            "vision.positions": "vision_model.embeddings.position_embedding",
+        }
+    ),
+    *weights_and_biases(
+        {
+            "vision.patch_embedding": "vision_model.embeddings.patch_embedding",
+            "vision.blocks.*.norm1": f"{_BLOCK}.layer_norm1",
+            "vision.blocks.*.attention.qkv": f"{_BLOCK}.self_attn.qkv",
+            "vision.blocks.*.attention.out": f"{_BLOCK}.self_attn.projection",
+            "vision.blocks.*.norm2": f"{_BLOCK}.layer_norm2",
+            "vision.blocks.*.up": f"{_BLOCK}.mlp.fc1",
+            "vision.blocks.*.down": f"{_BLOCK}.mlp.fc2",
+            "bridge.vision_norm": "vision_model.post_layernorm",
+        }
+    ),
+]
+_QFORMER_LAYER = {
+    "attention.query": "attention.attention.query",
+    "attention.key": "attention.attention.key",
+    "attention.value": "attention.attention.value",
+    "attention.out": "attention.output.dense",
+    "attention.norm": "attention.output.LayerNorm",
+    "query_feed_forward.up": "intermediate_query.dense",
+    "query_feed_forward.down": "output_query.dense",
+    "query_feed_forward.norm": "output_query.LayerNorm",
+}
+_QFORMER_CROSS = {
+    "cross_attention.query": "crossattention.attention.query",
+    "cross_attention.key": "crossattention.attention.key",
+    "cross_attention.value": "crossattention.attention.value",
+    "cross_attention.out": "crossattention.output.dense",
+    "cross_attention.norm": "crossattention.output.LayerNorm",
+}
+_QFORMER_TEXT = {
+    "text_feed_forward.up": "intermediate.dense",
+    "text_feed_forward.down": "output.dense",
+    "text_feed_forward.norm": "output.LayerNorm",
+}
+
+
+def qformer(config: QFormerConfig) -> list[Rule]:
+    """The Q-Former: cross-attention in some layers, a text side in retrieval models only."""
+    layers, crossing = range(config.layers), range(0, config.layers, config.cross_attention_every)
+    rules = same({"bridge.qformer.query_tokens": "query_tokens"})
+    rules += weights_and_biases({"bridge.qformer.norm": "qformer.layernorm"})
+    rules += for_layers(_of_layer(_QFORMER_LAYER), layers) + for_layers(_of_layer(_QFORMER_CROSS), crossing)
+    if config.text:
+        rules += for_layers(_of_layer(_QFORMER_TEXT), layers)
+        words = {"words": "word_embeddings", "positions": "position_embeddings"}
+        rules += same(
+            {f"bridge.qformer.{ours}.weight": f"embeddings.{theirs}.weight" for ours, theirs in words.items()}
+        )
+    return rules
+
+
+def _of_layer(pairs: dict[str, str]) -> list[Rule]:
+    return within(weights_and_biases(pairs), "bridge.qformer.layers.*.", "qformer.encoder.layer.*.")
+
+
+# What files may hold beside: buffers of older releases, copies of tied embeddings.
+BESIDE = (
+    "vision_model.embeddings.position_ids",
+    "qformer.embeddings.position_ids",
+    "embeddings.position_ids",
+    "language_model.lm_head.weight",
+    "language_model.encoder.embed_tokens.weight",
+    "language_model.decoder.embed_tokens.weight",
+    "language_model.model.decoder.version",
+)

@@ -1,0 +1,243 @@
+"""Whole models: saved by transformers, loaded by `blip2.load`, and the same numbers and tokens from pixels to text.
+
+Every tolerance is for float32 sums in another order; the worst difference seen was 3e-6 of the largest value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+
+import blip2
+from blip2.blip2 import Blip2
+from blip2.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+
+BERT = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+WORDS = ["<pad>", "</s>", "<s>", "[UNK]", *(f"w{n}" for n in range(56))]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def _config(text: Any) -> Any:
+    vision = {
+        "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 7, "hidden_act": "gelu",
+    }  # fmt: skip
+    qformer = {
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
+        "encoder_hidden_size": 12, "vocab_size": 60, "max_position_embeddings": 40,
+    }  # fmt: skip
+    return transformers.Blip2Config(
+        vision_config=vision, qformer_config=qformer, text_config=text.to_dict(), num_query_tokens=4,
+        image_text_hidden_size=8, image_token_index=60,
+    )  # fmt: skip
+
+
+def opt() -> Any:
+    return transformers.OPTConfig(
+        vocab_size=61, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=96, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+
+
+def t5() -> Any:
+    return transformers.T5Config(
+        vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+        dense_act_fn="gelu", pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def scramble(model: Any) -> None:
+    """Weights at which every part matters and logits are well apart."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = 0.35 if parameter.ndim > 1 else 0.2
+            start = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
+            parameter.copy_(start + torch.randn(parameter.shape, generator=generator) * size)
+
+
+def save(model: Any, directory: Path, first: Sequence[str] = (), **options: Any) -> None:
+    model.save_pretrained(directory, **options)
+    table = {word: number for number, word in enumerate([*first, *WORDS[len(first) :]])}
+    words = tokenizers.models.WordLevel(table, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module", params=[opt, t5])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Blip2]:
+    """Their model, and ours from the directory that theirs saved."""
+    theirs = transformers.Blip2ForConditionalGeneration(_config(request.param())).eval()
+    scramble(theirs)
+    theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = 1, 0
+    place = tmp_path_factory.mktemp("saved")
+    save(theirs, place)
+    again = transformers.Blip2ForConditionalGeneration.from_pretrained(place).eval()
+    return again, blip2.load(place, device="cpu", dtype="float32")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randint(0, 256, (count, 9, 9, 3), dtype=torch.uint8, generator=generator).numpy()
+    return [Image.fromarray(each).resize((40, 31)) for each in noise]
+
+
+def pixels(model: Blip2, images: list[Image.Image]) -> torch.Tensor:
+    from blip2 import image
+
+    return image.Transform(model.encoder.image_size, model.encoder.mean, model.encoder.std)(images)
+
+
+@torch.no_grad()
+def test_patches_queries_and_the_visual_prefix_are_the_same(pair: tuple[Any, Blip2]):
+    theirs, ours = pair
+    features = ours.encode(pictures(3))
+    seen = theirs.vision_model(pixels(ours, pictures(3))).last_hidden_state
+    torch.testing.assert_close(ours.bridge.vision_norm(features.patches), seen, **CLOSE)
+    queries = theirs.qformer(query_embeds=theirs.query_tokens.expand(3, -1, -1), encoder_hidden_states=seen)
+    torch.testing.assert_close(features.queries, queries.last_hidden_state, **CLOSE)
+    prefix = theirs.language_projection(queries.last_hidden_state)
+    torch.testing.assert_close(ours.bridge.project(features.queries), prefix, **CLOSE)
+
+
+METHODS: list[dict[str, Any]] = [
+    {"max_new_tokens": 9},
+    {"max_new_tokens": 9, "num_beams": 5},
+    {"max_new_tokens": 12, "num_beams": 5, "length_penalty": -1.0},
+    {"max_new_tokens": 12, "num_beams": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    {"max_new_tokens": 12, "min_new_tokens": 6, "num_beams": 5, "num_return_sequences": 3},
+]
+OURS = {"no_repeat_ngram_size": "no_repeat_ngram", "num_return_sequences": "num_captions"}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("prompt", ["", "w5 w9", "w7 w1 w30 w2"])
+def test_tokens_are_the_same(pair: tuple[Any, Blip2], method: dict[str, Any], prompt: str):
+    theirs, ours = pair
+    images = pictures(8)
+    t5 = theirs.config.text_config.model_type == "t5"
+    words = [WORDS.index(word) for word in prompt.split()]
+    row = [60] * 4 + ([*words, 1] if t5 else [2, *words])
+    ids = torch.tensor([row] * len(images))
+    arguments = {"length_penalty": 1.0, **method}
+    given: dict[str, Any] = {"input_ids": ids}
+    if "repetition_penalty" in method and not t5:  # as LAVIS calls it; by their ids words of the prompt count as said
+        given = {"inputs_embeds": theirs.get_input_embeddings()(ids), "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = theirs.generate(pixel_values=pixels(ours, images), do_sample=False, **given, **arguments)
+    written = expected[:, 1:] if t5 else expected[:, ids.shape[1] * ("input_ids" in given) :]
+    options: dict[str, Any] = {OURS.get(key, key): value for key, value in {"num_beams": 1, **arguments}.items()}
+    found = ours.caption(images, prompt=prompt, details=True, **options)
+    rows = [text for row in found for text in (row if isinstance(row, list) else [row])]
+    assert len(rows) == len(written)
+    for text, tokens in zip(rows, written.tolist(), strict=True):
+        end = tokens.index(1) if 1 in tokens else len(tokens)
+        assert list(text.ids) == tokens[:end]
+
+
+@pytest.fixture(scope="module")
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Blip2]:
+    config = _config(opt())
+    config.qformer_config.use_qformer_text_input = True
+    config.image_token_index = None  # without placeholders before the text, as the published models were
+    theirs = transformers.Blip2ForImageTextRetrieval(config).eval()
+    scramble(theirs)
+    place = tmp_path_factory.mktemp("retrieval")
+    save(theirs, place, BERT)
+    values = json.loads((place / "config.json").read_text())
+    ours = blip2.load(place, device="cpu", dtype="float32")
+    assert values["architectures"] == ["Blip2ForImageTextRetrieval"]
+    return theirs, ours
+
+
+@torch.no_grad()
+def test_matching_and_embeddings_are_the_same(retrieval: tuple[Any, Blip2]):
+    theirs, ours = retrieval
+    images, texts = pictures(3), ["w5 w9", "w7 w1 w30 w2 w8", "w4"]
+    frame = ours.config.qformer.cls_id, ours.config.qformer.sep_id
+    assert ours.text_tokenizer is not None
+    words = dataclasses.replace(ours.text_tokenizer, frame=(1, 2))
+    model = dataclasses.replace(ours, text_tokenizer=words)  # a vocabulary of 60 words has no token 101
+    assert frame == (101, 102)
+    matches = model.match(images, texts)
+    vectors, written = model.embed_images(images), model.embed_texts(texts)
+    for row, text in enumerate(texts):
+        ids = torch.tensor(words.encode([text]))
+        arguments = {"pixel_values": pixels(ours, images), "input_ids": ids.expand(3, -1)}
+        mask = torch.ones_like(arguments["input_ids"])
+        itm = theirs(**arguments, attention_mask=mask, use_image_text_matching_head=True)
+        torch.testing.assert_close(matches.itm[:, row], itm.logits_per_image.softmax(1)[:, 1], **CLOSE)
+        itc = theirs(**arguments, attention_mask=mask, use_image_text_matching_head=False)
+        torch.testing.assert_close(vectors, itc.image_embeds, **CLOSE)
+        torch.testing.assert_close(written[row], itc.text_embeds[0].reshape(-1), **CLOSE)
+        torch.testing.assert_close(matches.itc[:, row], itc.logits_per_image[:, 0], **CLOSE)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_shards_and_pickles_load_as_one_file_does(pair: tuple[Any, Blip2], shards: bool, tmp_path: Path):
+    theirs, ours = pair
+    if shards:
+        save(theirs, tmp_path, max_shard_size="20KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    else:
+        save(theirs, tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    again = blip2.load(tmp_path, device="cpu", dtype="float32")
+    for part in ("bridge", "encoder", "language"):
+        expected = getattr(ours, part).state_dict()
+        found = getattr(again, part).state_dict()
+        if part == "language":  # a pickle holds copies of tied weights, and then the head counts as its own
+            found = {name: tensor for name, tensor in found.items() if name in expected}
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def damaged(theirs: Any, place: Path, change: str) -> None:
+    save(theirs, place)
+    path = place / "model.safetensors"
+    if change == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif change == "code in a pickle":
+        path.unlink()
+        (place / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Path("/")}))
+    elif change == "no tokenizer":
+        (place / "tokenizer.json").unlink()
+    else:
+        values = json.loads((place / "config.json").read_text())
+        section, key, value = change.split(" ")
+        (values if section == "-" else values[section])[key] = json.loads(value)
+        (place / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("cut short", "damaged or no safetensors"),
+        ("code in a pickle", "cannot be read as weights alone"),
+        ("no tokenizer", r"tokenizer\.json: missing; save the processor"),
+        ('- model_type "llava"', "'llava', not 'blip-2'"),
+        ("vision_config num_hidden_layers 3", r"missing vision_model\.encoder\.layers\.2\.layer_norm1\.bias"),
+        ("vision_config num_hidden_layers 1", r"unexpected vision_model\.encoder\.layers\.1\.layer_norm1\.bias"),
+        ("- num_query_tokens 5", r"query_tokens is \[1, 4, 16\], the configuration wants \[1, 5, 16\]"),
+        ('text_config model_type "llama"', "kind 'llama'"),
+        ('qformer_config hidden_act "relu"', "hidden_act is 'relu', only 'gelu' is known"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(change: str, message: str, tmp_path: Path):
+    theirs = transformers.Blip2ForConditionalGeneration(_config(opt()))
+    damaged(theirs, tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        blip2.load(tmp_path, device="cpu", dtype="float32")
