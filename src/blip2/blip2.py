@@ -323,19 +323,35 @@ def _unwrap(rows: list[Any], single: bool) -> Any:
     return rows[0] if single else rows
 
 
-def load(name: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Blip2:
+def load(
+    name: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+) -> Blip2:
     """A model, ready for its verbs.
 
     Args:
-        name: nothing for `mini`, which comes with the package, or the directory of a model that blip2 saved.
+        name: nothing for `mini`, which comes with the package; the directory of a model that blip2 or transformers
+            saved; or OWNER/NAME of one on the Hugging Face hub, which is downloaded once.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32.
+        revision, token, offline: of a model on the hub: a branch, tag or commit; a user's token; whether to take what
+            the cache has and ask nobody.
     Raises:
         CheckpointError: no such model, or it is damaged.
         MissingExtraError: its frozen parts are not installed.
     """
+    from blip2.weights import hub
     from blip2.weights.assemble import assemble, model_directory
 
     place = pick_device(device)
-    return assemble(model_directory(name), place, pick_dtype(dtype, place))
+    if name is not None and hub.is_name(str(name)):
+        directory = hub.download(str(name), revision=revision, token=token, offline=offline)
+    else:
+        directory = model_directory(name)
+    return assemble(directory, place, pick_dtype(dtype, place))

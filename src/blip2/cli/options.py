@@ -17,7 +17,9 @@ import typer
 from blip2.errors import ConfigError
 
 Chosen: TypeAlias = dict[str, Any]  # keywords of the verbs, see `decoding.Options`
-Model = Annotated[str, typer.Option("--model", "-m", help="`mini`, or the directory of a model.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="`mini`, a directory, or OWNER/NAME[@REVISION] on the Hugging Face hub.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Machine")]
 Dtype = Annotated[
     str, typer.Option(help="Of the frozen parts: auto, float32, bfloat16, float16.", rich_help_panel="Machine")

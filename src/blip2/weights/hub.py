@@ -1,0 +1,69 @@
+"""Checkpoints on the Hugging Face hub, downloaded once into its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from blip2.errors import CheckpointError
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # OWNER/NAME, perhaps @REVISION
+_SMALL = ["*.json", "*.txt", "*.model"]  # configuration and tokenizer
+_SAFE, _PICKLED = ["*.safetensors"], ["*.bin"]
+
+
+def is_name(name: str) -> bool:
+    """Whether this can only be a model on the hub: OWNER/NAME or OWNER/NAME@REVISION, and nothing here is called so."""
+    return NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def download(name: str, *, revision: str | None = None, token: str | None = None, offline: bool = False) -> Path:
+    """The directory of a model in the hub's cache, downloaded where it is not there yet.
+
+    Args:
+        name: OWNER/NAME or OWNER/NAME@REVISION.
+        revision: a branch, tag or commit; the main branch where None.
+        token: of a user with access to it; the one that is logged in where None.
+        offline: take what the cache has, ask nobody; so does the environment variable HF_HUB_OFFLINE=1.
+    Raises:
+        CheckpointError: no such model or revision, no access, no network, or not in the cache.
+    """
+    name, _, named_revision = name.partition("@")
+    revision = revision or named_revision or None
+    for weights in (_SAFE, _PICKLED):
+        place = _snapshot(name, revision, token, offline, [*_SMALL, *weights])
+        if any(place.glob(weights[0])):
+            return place
+    raise CheckpointError(f"{name}: the hub has neither safetensors nor pytorch_model.bin of it")
+
+
+def _snapshot(name: str, revision: str | None, token: str | None, offline: bool, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = name if revision is None else f"{name} at revision {revision}"
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, token=token, local_files_only=offline, allow_patterns=patterns)
+        )
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{name}: its owners ask you to accept their terms first, at huggingface.co/{name}"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{name}: has no revision {revision}") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{name}: neither a directory here nor a model on the hub that you may see") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{what}: not in the cache, and the hub cannot be asked; connect once, or give a directory"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{what}: cannot be downloaded: {str(error).splitlines()[0]}") from None
