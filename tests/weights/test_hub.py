@@ -47,7 +47,8 @@ def test_what_the_cache_has_is_found_offline(cache: Path, name: str):
     assert hub.download(name, offline=True).resolve() == cache.resolve()
 
 
-def test_load_takes_a_name(cache: Path):
+@pytest.mark.usefixtures("cache")
+def test_load_takes_a_name():
     with pytest.raises(CheckpointError, match=rf"{COMMIT}.*damaged or no safetensors"):
         load("someone/blip2-tiny", offline=True, device="cpu")
 
