@@ -20,6 +20,8 @@ from PIL import Image
 import blip2
 from blip2.blip2 import Blip2
 from blip2.errors import CheckpointError
+from blip2.model.bridge import Bridge
+from blip2.weights import transformers as format
 
 transformers = pytest.importorskip("transformers")
 
@@ -241,3 +243,49 @@ def test_what_cannot_be_loaded_is_named(change: str, message: str, tmp_path: Pat
     damaged(theirs, tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         blip2.load(tmp_path, device="cpu", dtype="float32")
+
+
+def same_model(one: Blip2, other: Blip2) -> None:
+    for part in ("bridge", "encoder", "language"):
+        if getattr(one, part) is not None:
+            torch.testing.assert_close(
+                getattr(other, part).state_dict(), getattr(one, part).state_dict(), rtol=0, atol=0
+            )
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_what_we_save_transformers_loads_and_nothing_is_changed(
+    pair: tuple[Any, Blip2], shard_bytes: int, tmp_path: Path
+):
+    theirs, ours = pair
+    format.save(ours, tmp_path, shard_bytes=shard_bytes)
+    again = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path)
+    expected, found = theirs.state_dict(), again.state_dict()
+    assert expected.keys() == found.keys()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    back = blip2.load(tmp_path, device="cpu", dtype="float32")
+    assert back.config == ours.config
+    assert back.tokenizer is not None
+    assert ours.tokenizer is not None
+    assert (back.tokenizer.stop_ids, back.tokenizer.bos) == (ours.tokenizer.stop_ids, ours.tokenizer.bos)
+    same_model(ours, back)
+
+
+def test_what_the_format_lacks_is_kept_beside_it(retrieval: tuple[Any, Blip2], tmp_path: Path):
+    _, ours = retrieval
+    torch.manual_seed(2)
+    bridge = Bridge(ours.config.replace(word_head=True))
+    model = dataclasses.replace(ours, bridge=bridge, config=bridge.config)
+    format.save(model, tmp_path)
+    back = blip2.load(tmp_path, device="cpu", dtype="float32")
+    assert back.config == model.config
+    same_model(model, back)
+    transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path)
+
+
+def test_saving_over_another_model_leaves_nothing_of_it(pair: tuple[Any, Blip2], tmp_path: Path):
+    _, ours = pair
+    format.save(ours, tmp_path, shard_bytes=20_000)
+    format.save(ours, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    same_model(ours, blip2.load(tmp_path, device="cpu", dtype="float32"))

@@ -91,7 +91,7 @@ class KeyBias:
         """
         (whole,) = theirs
         query, key, value = whole.chunk(3)
-        if key.any():
+        if not key.is_meta and key.any():
             raise CheckpointError("an attention key of the vision encoder has a bias, where this encoder has none")
         return [query, value]
 
@@ -99,6 +99,57 @@ class KeyBias:
         """One bias, zeros in its middle."""
         query, value = ours
         return [torch.cat([query, torch.zeros_like(query), value])]
+
+
+@dataclass(frozen=True)
+class NoKeyBias:
+    """`KeyBias` the other way round: one bias of ours, of which theirs keeps query and value."""
+
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One bias, zeros in its middle."""
+        return KeyBias().split(theirs)
+
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Biases of query and value.
+
+        Raises:
+            CheckpointError: the key has a bias too.
+        """
+        return KeyBias().join(ours)
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Ours has dimensions of size 1 before theirs.
+
+    Attributes:
+        count: how many.
+    """
+
+    count: int
+
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """With the dimensions."""
+        return [tensor.reshape(*[1] * self.count, *tensor.shape) for tensor in theirs]
+
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Without them."""
+        return [tensor.reshape(tensor.shape[self.count :]) for tensor in ours]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """One tensor of ours that theirs holds several times over."""
+
+    count: int
+
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The first: they are one tensor under several names."""
+        return theirs[:1]
+
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensor, as often as it is named."""
+        return [*ours] * self.count
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from blip2.blip2 import Blip2
 from blip2.config import Blip2Config, OPTConfig, T5Config, VisionConfig
 from blip2.errors import CheckpointError
+from blip2.files import replacing
 from blip2.model.bridge import Bridge
 from blip2.model.heads import TEMPERATURE
 from blip2.model.opt import OPT
@@ -21,10 +26,13 @@ from blip2.text import Tokenizer
 from blip2.weights.fill import Part, fill, put
 from blip2.weights.maps import transformers as maps
 from blip2.weights.maps import transformers_config as keys
+from blip2.weights.rules import Rule, check, to_theirs
 from blip2.weights.skeleton import skeleton
-from blip2.weights.tensors import Tensors, open_directory
+from blip2.weights.tensors import Safetensors, Tensors, open_directory
 
-_LACKING = {"bridge.heads.temperature"}  # what the format has no place for
+EXTRA = "blip2-extra.safetensors"  # what the format has no place for, under our names
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5_000_000_000
 
 
 def holds(directory: Path) -> bool:
@@ -46,30 +54,30 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
     """
     values = _read_json(directory / "config.json")
     tensors = open_directory(directory)
+    extra = Safetensors.open([directory / EXTRA]) if (directory / EXTRA).is_file() else None
     config = keys.config(values, directory / "config.json", tensors.names())
+    if extra is not None:
+        config = config.replace(word_head=any(name.startswith("bridge.heads.words.") for name in extra.names()))
     with skeleton():
-        parts = {
-            "vision": Part(_vision(config), dtype),
-            "bridge": Part(Bridge(config), torch.float32),
-        }
-        if isinstance(config.language, OPTConfig | T5Config):
-            parts["language"] = Part(build_language(config.language), dtype)
+        bridge, vision = Bridge(config), _vision(config)
+        language = build_language(config.language) if isinstance(config.language, OPTConfig | T5Config) else None
+    parts = {"vision": Part(vision, dtype), "bridge": Part(bridge, torch.float32)}
+    if language is not None:
+        parts["language"] = Part(language, dtype)
     rules = maps.blip2(config)
-    lacking = _LACKING if config.heads else set[str]()
-    needed = {name for rule in rules for name in rule.theirs}
-    beside = {name for name in maps.BESIDE if name not in needed}
-    fill(parts, rules, tensors, directory, device, ignored=beside, given=lacking)
-    bridge, vision, language = (parts[key].module if key in parts else None for key in ("bridge", "vision", "language"))
-    assert isinstance(bridge, Bridge)
-    assert isinstance(vision, VisionTransformer)
-    if bridge.heads is not None:
-        put(bridge, "heads.temperature", torch.tensor(TEMPERATURE, device=device))
+    beside = set(maps.BESIDE) - {name for rule in rules for name in rule.theirs}
+    filled = {name for rule in rules for name in rule.ours}
+    lacking = [name for name in bridge.state_dict() if f"bridge.{name}" not in filled]
+    given = [f"bridge.{name}" for name in lacking]
+    fill(parts, rules, tensors, directory, device, ignored=beside, given=given)
+    for name, tensor in _beside(lacking, extra).items():
+        put(bridge, name, tensor.to(device, torch.float32))
     tokenizer = _tokenizer(directory, config, values)
     return Blip2(
         config,
         vision.requires_grad_(False).eval(),
         bridge.eval(),
-        language if isinstance(language, OPT | T5) else None,
+        language,
         tokenizer if config.language else None,
         tokenizer if config.heads else None,
         device,
@@ -78,9 +86,85 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
     )
 
 
+def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model as transformers does, in the types that its weights have; `load` reads it back bit for bit.
+
+    What the format has no place for, the temperature and the word head, is kept beside it in `blip2-extra.safetensors`.
+
+    Raises:
+        CheckpointError: the format cannot hold the model, or the directory cannot be written.
+    """
+    tokenizer = model.tokenizer or model.text_tokenizer
+    stops = tokenizer.stop_ids if tokenizer else ()
+    values = keys.values(model.config, stop_ids=stops, pad_id=tokenizer.pad if tokenizer else 0)
+    parts = {"vision": model.encoder, "bridge": model.bridge, "language": model.language}
+    state = {
+        f"{key}.{name}": tensor
+        for key, part in parts.items()
+        if isinstance(part, nn.Module)
+        for name, tensor in part.state_dict().items()
+    }
+    rules = maps.blip2(model.config)
+    ours = {name for rule in rules for name in rule.ours}
+    extra = {name: tensor for name, tensor in state.items() if name not in ours}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_shards(rules, state, directory, shard_bytes)
+        if extra:
+            _save(extra, directory / EXTRA)
+        if tokenizer is not None:
+            with replacing(directory / "tokenizer.json") as partial:
+                tokenizer.rust.save(str(partial))
+        with replacing(directory / "config.json") as partial:  # the last: without it there is no model
+            partial.write_text(json.dumps(values, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: the model cannot be written: {error}; free some space") from error
+
+
+def _write_shards(rules: Sequence[Rule], state: Mapping[str, Tensor], directory: Path, limit: int) -> None:
+    """`model.safetensors`, or numbered files with an index; one file's tensors in memory at a time."""
+    shards: list[list[Rule]] = [[]]
+    size = 0
+    for rule in rules:
+        own = sum(state[name].nbytes for name in rule.ours)
+        if shards[-1] and size + own > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(rule)
+        size += own
+    total = len(shards)
+    names = [f"model-{n + 1:05d}-of-{total:05d}.safetensors" for n in range(total)] if total > 1 else [SINGLE]
+    where: dict[str, str] = {}
+    for name, shard in zip(names, shards, strict=True):
+        some = to_theirs(shard, {ours: state[ours] for rule in shard for ours in rule.ours}, "this model")
+        _save(some, directory / name)
+        where |= dict.fromkeys(some, name)
+    for old in {*directory.glob("model*.safetensors")} - {directory / name for name in names}:
+        old.unlink()  # of a model that was here before
+    if total > 1:
+        with replacing(directory / f"{SINGLE}.index.json") as partial:
+            partial.write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=2) + "\n")
+    else:
+        (directory / f"{SINGLE}.index.json").unlink(missing_ok=True)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    with replacing(path) as partial:
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, partial, {"format": "pt"})
+
+
 def build_language(config: OPTConfig | T5Config) -> OPT | T5:
     """The language model of a configuration."""
     return OPT(config) if isinstance(config, OPTConfig) else T5(config)
+
+
+def _beside(lacking: Sequence[str], extra: Tensors | None) -> dict[str, Tensor]:
+    """The temperature and the word head, from beside the checkpoint where we wrote it."""
+    if extra is None:
+        return dict.fromkeys(lacking, torch.tensor(TEMPERATURE))  # nothing that is computed from it is ever shown
+    check((f"bridge.{name}" for name in lacking), extra.names(), EXTRA)
+    return {name: extra.get(f"bridge.{name}") for name in lacking}
 
 
 def _vision(config: Blip2Config) -> VisionTransformer:

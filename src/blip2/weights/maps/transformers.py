@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blip2.config import Blip2Config, GemmaConfig, OPTConfig, QFormerConfig, T5Config, VisionConfig
-from blip2.weights.rules import Rule, Stacked, for_layers, same, weights_and_biases, within
+from blip2.weights.rules import KeyBias, Rule, Stacked, for_layers, same, weights_and_biases, within
 
 OPT: list[Rule] = [
     *same({"words.weight": "model.decoder.embed_tokens.weight"}),
@@ -104,7 +104,7 @@ def _block(stack: str, number: int | str, part: int) -> str:
 def blip2(config: Blip2Config) -> list[Rule]:
     """The whole of `Blip2ForConditionalGeneration` or `Blip2ForImageTextRetrieval`; ours: vision, bridge, language."""
     assert isinstance(config.vision, VisionConfig)
-    rules = for_layers(VISION, range(config.vision.layers)) + qformer(config.qformer)
+    rules = vision(config.vision) + qformer(config.qformer)
     if config.heads:
         rules += weights_and_biases(
             {
@@ -123,26 +123,39 @@ def blip2(config: Blip2Config) -> list[Rule]:
 
 
 _BLOCK = "vision_model.encoder.layers.*"
-VISION: list[Rule] = [
-    *same(
-        {
-            "vision.class_token": "vision_model.embeddings.class_embedding",
-            "vision.positions": "vision_model.embeddings.position_embedding",
-        }
-    ),
-    *weights_and_biases(
-        {
-            "vision.patch_embedding": "vision_model.embeddings.patch_embedding",
-            "vision.blocks.*.norm1": f"{_BLOCK}.layer_norm1",
-            "vision.blocks.*.attention.qkv": f"{_BLOCK}.self_attn.qkv",
-            "vision.blocks.*.attention.out": f"{_BLOCK}.self_attn.projection",
-            "vision.blocks.*.norm2": f"{_BLOCK}.layer_norm2",
-            "vision.blocks.*.up": f"{_BLOCK}.mlp.fc1",
-            "vision.blocks.*.down": f"{_BLOCK}.mlp.fc2",
-            "bridge.vision_norm": "vision_model.post_layernorm",
-        }
-    ),
-]
+
+
+def vision(config: VisionConfig) -> list[Rule]:
+    """The image encoder; theirs always has a bias for the keys, zero in what was published."""
+    qkv = "vision.blocks.*.attention.qkv"
+    bias = Rule((f"{qkv}.bias",), (f"{_BLOCK}.self_attn.qkv.bias",))
+    if not config.key_bias:
+        ours = tuple(f"vision.blocks.*.attention.{part}_bias" for part in ("query", "value"))
+        bias = Rule(ours, bias.theirs, KeyBias())
+    rules = [
+        *same(
+            {
+                "vision.class_token": "vision_model.embeddings.class_embedding",
+                "vision.positions": "vision_model.embeddings.position_embedding",
+                f"{qkv}.weight": f"{_BLOCK}.self_attn.qkv.weight",
+            }
+        ),
+        bias,
+        *weights_and_biases(
+            {
+                "vision.patch_embedding": "vision_model.embeddings.patch_embedding",
+                "vision.blocks.*.norm1": f"{_BLOCK}.layer_norm1",
+                "vision.blocks.*.attention.out": f"{_BLOCK}.self_attn.projection",
+                "vision.blocks.*.norm2": f"{_BLOCK}.layer_norm2",
+                "vision.blocks.*.up": f"{_BLOCK}.mlp.fc1",
+                "vision.blocks.*.down": f"{_BLOCK}.mlp.fc2",
+                "bridge.vision_norm": "vision_model.post_layernorm",
+            }
+        ),
+    ]
+    return for_layers(rules, range(config.layers))
+
+
 _QFORMER_LAYER = {
     "attention.query": "attention.attention.query",
     "attention.key": "attention.attention.key",

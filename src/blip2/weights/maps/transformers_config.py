@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from blip2.config import Blip2Config, LanguageConfig, OPTConfig, PromptConfig, QFormerConfig, T5Config, VisionConfig
+from blip2.config import (
+    Blip2Config,
+    LanguageConfig,
+    OPTConfig,
+    PartConfig,
+    PromptConfig,
+    QFormerConfig,
+    T5Config,
+    VisionConfig,
+)
 from blip2.errors import CheckpointError
 
 # Ours to theirs, with what transformers takes where the file leaves a key out.
@@ -132,3 +141,55 @@ def _refuse_others(values: Mapping[str, Any], fixed: Mapping[str, Any], where: s
     for key, only in fixed.items():
         if values.get(key, only) != only:
             raise CheckpointError(f"{where}: {key} is {values[key]!r}, only {only!r} is known")
+
+
+def values(config: Blip2Config, *, stop_ids: Collection[int] = (), pad_id: int = 1) -> dict[str, Any]:
+    """What transformers writes into `config.json` for a configuration of ours; `config` reads it back.
+
+    Raises:
+        CheckpointError: the format cannot hold the model.
+    """
+    vision, language = config.vision, config.language
+    if not isinstance(vision, VisionConfig) or vision.pre_norm or not vision.patch_bias:
+        raise CheckpointError("transformers' BLIP-2 holds the EVA ViT-g layout only: save this model in our own format")
+    if isinstance(language, PartConfig) or (language is None and not config.heads):
+        raise CheckpointError("transformers' BLIP-2 holds OPT and T5, or a retrieval model: save in our own format")
+    if language is not None and config.heads:
+        raise CheckpointError("transformers' BLIP-2 holds a model that writes or one that matches, not both in one")
+    if config.qformer.text_pooling != "cls":
+        raise CheckpointError("transformers' BLIP-2 reads a text vector from the first token, this model from the mean")
+    found: dict[str, Any] = {
+        "model_type": "blip-2",
+        "architectures": ["Blip2ForImageTextRetrieval" if language is None else "Blip2ForConditionalGeneration"],
+        "vision_config": {"model_type": "blip_2_vision_model", "qkv_bias": True, **_write(vision, VISION)},
+        "qformer_config": {"model_type": "blip_2_qformer", "hidden_act": "gelu", **_write(config.qformer, QFORMER)},
+        "num_query_tokens": config.qformer.queries,
+        "image_text_hidden_size": config.embedding_width,
+        "torch_dtype": "float32",
+    }
+    if isinstance(language, OPTConfig):
+        text = {"model_type": "opt", "word_embed_proj_dim": language.width, **_write(language, OPT), **FIXED["opt"]}
+        found["use_decoder_only_language_model"] = True
+    elif isinstance(language, T5Config):
+        text = {
+            "model_type": "t5",
+            "feed_forward_proj": "gated-gelu",
+            "dense_act_fn": "gelu" if language.activation == "gelu" else "gelu_new",
+            "tie_word_embeddings": language.tied,
+            "scale_decoder_outputs": language.scaled,
+            "is_encoder_decoder": True,
+            "bos_token_id": 1,
+            **_write(language, T5),
+        }
+        found["use_decoder_only_language_model"] = False
+    else:
+        return found
+    ends = list(stop_ids)
+    return {
+        **found,
+        "text_config": {**text, "eos_token_id": ends[0] if len(ends) == 1 else ends, "pad_token_id": pad_id},
+    }
+
+
+def _write(config: Any, table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for ours, (theirs, _) in table.items()}
