@@ -5,7 +5,7 @@ Letters: N images, M texts, P patches, Q queries, D width, E image-text space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -331,27 +331,35 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
+    parts: Mapping[str, str | Path] | None = None,
 ) -> Blip2:
     """A model, ready for its verbs.
 
     Args:
         name: nothing for `mini`, which comes with the package; the directory of a model that blip2 or transformers
-            saved; or OWNER/NAME of one on the Hugging Face hub, which is downloaded once.
+            saved; OWNER/NAME of one on the Hugging Face hub, which is downloaded once; or LAVIS's `.pth`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32.
         revision, token, offline: of a model on the hub: a branch, tag or commit; a user's token; whether to take what
             the cache has and ask nobody.
+        parts: of a LAVIS file, which holds what was trained only: where its `vision`, `language` and `text` are; those
+            left out are looked for beside it (`eva_vit_g.pth`, `opt-2.7b/`, `bert-base-uncased/`, ...).
     Raises:
         CheckpointError: no such model, or it is damaged.
         MissingExtraError: its frozen parts are not installed.
     """
-    from blip2.weights import hub
+    from blip2.weights import hub, lavis
     from blip2.weights.assemble import assemble, model_directory
 
     place = pick_device(device)
+    half = pick_dtype(dtype, place)
+    if str(name).endswith(lavis.SUFFIX):
+        return lavis.load(Path(str(name)), place, half, parts=parts)
+    if parts:
+        raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
     if name is not None and hub.is_name(str(name)):
         directory = hub.download(str(name), revision=revision, token=token, offline=offline)
     else:
         directory = model_directory(name)
-    return assemble(directory, place, pick_dtype(dtype, place))
+    return assemble(directory, place, half)

@@ -245,7 +245,9 @@ _QUERIES_ONLY = QFormerConfig(text=False)
 
 def _generative(vision: VisionConfig, language: LanguageConfig) -> Blip2Config:
     qformer = dataclasses.replace(_QUERIES_ONLY, encoder_width=vision.width)
-    return Blip2Config(vision=vision, qformer=qformer, language=language, heads=False)
+    question = "Question: {} Answer:" if language.kind == "opt" else "Question: {} Short answer:"  # the paper's
+    prompts = PromptConfig(question=question)
+    return Blip2Config(vision=vision, qformer=qformer, language=language, heads=False, prompts=prompts)
 
 
 OPT_2_7B = OPTConfig()

@@ -22,11 +22,11 @@ class Part:
 
     Attributes:
         module: from `skeleton()`.
-        dtype: that its weights are to have.
+        dtype: that its weights are to have; each its own where None.
     """
 
     module: nn.Module
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
 
 def fill(
@@ -61,7 +61,7 @@ def fill(
         made = rule.operation.join([tensors.get(name) for name in rule.theirs])
         for name, tensor in zip(rule.ours, made, strict=True):
             key, _, path = name.partition(".")
-            put(parts[key].module, path, tensor.to(device, parts[key].dtype))
+            put(parts[key].module, path, tensor.to(device, parts[key].dtype or tensor.dtype))
         if progress is not None:
             progress(number + 1, len(rules))
 

@@ -84,12 +84,25 @@ class Pickled:
         """
         state: dict[str, Tensor] = {}
         for path in paths:
-            for name, tensor in read_pickle(path).items():
-                if name in state:
-                    raise CheckpointError(f"{path}: {name} is in another file of the checkpoint too")
-                if not isinstance(tensor, Tensor):
-                    raise CheckpointError(f"{path}: {name} is no tensor but a {type(tensor).__name__}")
-                state[name] = tensor
+            some = cls.of(read_pickle(path), path).state
+            if twice := state.keys() & some.keys():
+                raise CheckpointError(f"{path}: {min(twice)} is in another file of the checkpoint too")
+            state |= some
+        return cls(state)
+
+    @classmethod
+    def of(cls, found: Any, path: Path) -> Pickled:
+        """What a file held under names.
+
+        Raises:
+            CheckpointError: it is not all tensors.
+        """
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"{path}: holds a {type(found).__name__}, no tensors by name")
+        state = cast("Mapping[str, Any]", found)
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise CheckpointError(f"{path}: {name} is no tensor but a {type(tensor).__name__}")
         return cls(state)
 
     def names(self) -> set[str]:

@@ -43,11 +43,11 @@ def holds(directory: Path) -> bool:
         return False
 
 
-def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
+def load(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Blip2:
     """A model, its tensors read one by one and cast on their way.
 
     Args:
-        dtype: of the frozen parts; the bridge computes in float32.
+        dtype: of the frozen parts; the bridge computes in float32. None keeps every tensor's own type, for converting.
     Raises:
         CheckpointError: a file is missing or damaged, the model is of another kind, or its tensors do not fit; the
             message lists them.
@@ -61,7 +61,7 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
     with skeleton():
         bridge, vision = Bridge(config), _vision(config)
         language = build_language(config.language) if isinstance(config.language, OPTConfig | T5Config) else None
-    parts = {"vision": Part(vision, dtype), "bridge": Part(bridge, torch.float32)}
+    parts = {"vision": Part(vision, dtype), "bridge": Part(bridge, None if dtype is None else torch.float32)}
     if language is not None:
         parts["language"] = Part(language, dtype)
     rules = maps.blip2(config)
@@ -71,7 +71,7 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
     given = [f"bridge.{name}" for name in lacking]
     fill(parts, rules, tensors, directory, device, ignored=beside, given=given)
     for name, tensor in _beside(lacking, extra).items():
-        put(bridge, name, tensor.to(device, torch.float32))
+        put(bridge, name, tensor.to(device, tensor.dtype if dtype is None else torch.float32))
     tokenizer = _tokenizer(directory, config, values)
     return Blip2(
         config,
@@ -81,7 +81,7 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
         tokenizer if config.language else None,
         tokenizer if config.heads else None,
         device,
-        dtype,
+        dtype or torch.float32,
         identity=_identity(tensors, config),
     )
 

@@ -1,0 +1,223 @@
+"""LAVIS's files: read with their frozen parts, written again, and not a bit is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import blip2
+from blip2.blip2 import Blip2
+from blip2.config import PRESETS, Blip2Config, OPTConfig, QFormerConfig, T5Config, VisionConfig
+from blip2.errors import CheckpointError, ConfigError
+from blip2.model.bridge import Bridge
+from blip2.model.vision import VisionTransformer
+from blip2.weights import lavis
+from blip2.weights import transformers as transformers_format
+from blip2.weights.convert import convert
+from blip2.weights.maps import lavis as maps
+from blip2.weights.maps import transformers as transformers_maps
+from blip2.weights.rules import for_layers, to_theirs
+from blip2.weights.transformers import build_language
+
+PHOTO = Path(__file__).parents[2] / "docs" / "cat.jpg"
+EVA = VisionConfig(image_size=28, patch_size=14, width=12, layers=2, heads=2, mlp_width=16)
+CLIP = dataclasses.replace(EVA, activation="quick_gelu", key_bias=True, pre_norm=True, patch_bias=False, norm_eps=1e-5)
+QFORMER = QFormerConfig(
+    width=16, layers=3, heads=2, mlp_width=32, queries=4, encoder_width=12, vocab_size=40, positions=16, cls_id=1,
+    sep_id=2, decoder_id=39,
+)  # fmt: skip
+WRITES = dataclasses.replace(QFORMER, text=False)
+OPT = OPTConfig(width=16, layers=2, heads=2, mlp_width=24, vocab_size=40, context=64)
+T5 = T5Config(width=16, layers=2, heads=2, head_width=8, mlp_width=24, vocab_size=40)
+CONFIGS = {
+    "stage 1": Blip2Config(vision=EVA, qformer=QFORMER, embedding_width=8),
+    "stage 1, ViT-L": Blip2Config(vision=CLIP, qformer=QFORMER, embedding_width=8),
+    "opt": Blip2Config(vision=EVA, qformer=WRITES, language=OPT, heads=False),
+    "t5, ViT-L": Blip2Config(vision=CLIP, qformer=WRITES, language=T5, heads=False),
+}
+
+
+def random(module: torch.nn.Module, key: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {f"{key}.{name}": torch.randn(t.shape, generator=generator) for name, t in module.state_dict().items()}
+
+
+def write(config: Blip2Config, place: Path, *, fine_tuned: bool = False) -> dict[str, Tensor]:
+    """A checkpoint as LAVIS leaves it, with its frozen parts beside; the tensors of the file."""
+    assert isinstance(config.vision, VisionConfig)
+    tower = to_theirs(maps.vision(config.vision), random(VisionTransformer(config.vision), "vision"), "test")
+    state = to_theirs(maps.trained(config), random(Bridge(config), "bridge"), "test")
+    if fine_tuned:
+        state |= {f"visual_encoder.{name}": tensor for name, tensor in tower.items()}
+    else:
+        last = "transformer.resblocks.2.ln_1.weight" if config.vision.pre_norm else "blocks.2.norm1.weight"
+        more = {last: torch.ones(12), "norm.weight": torch.ones(12)}  # one block more than is used, and what follows
+        torch.save(tower | more, place / ("clip_vit_L.pth" if config.vision.pre_norm else "eva_vit_g.pth"))
+    training = {"optimizer": {"state": {0: {"step": 3}}}, "config": {"run": {"seed": 42}}, "epoch": 1}
+    torch.save({"model": state, **training}, place / "blip2.pth")
+    table = {word: number for number, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *map(str, range(36))])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="[UNK]"))
+    for name in ("bert-base-uncased", "language"):
+        (place / name).mkdir()
+        words.save(str(place / name / "tokenizer.json"))
+    if isinstance(config.language, OPTConfig | T5Config):
+        lm = config.language
+        every = transformers_maps.t5(lm) if isinstance(lm, T5Config) else transformers_maps.OPT
+        rules = for_layers(every, range(lm.layers))
+        tensors = {n.removeprefix("x."): t for n, t in random(build_language(lm), "x").items()}
+        copies = {"encoder.embed_tokens.weight": torch.zeros(1)} if isinstance(lm, T5Config) else {}
+        save_file(to_theirs(rules, tensors, "test") | copies, place / "language" / "model.safetensors")
+    return state
+
+
+def load(config: Blip2Config, place: Path) -> Blip2:
+    parts = {"language": place / "language"} if config.language else {}
+    return lavis.load(place / "blip2.pth", torch.device("cpu"), torch.float32, parts=parts, config=config)
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_what_is_read_and_written_again_is_the_same_bit_for_bit(config: Blip2Config, fine_tuned: bool, tmp_path: Path):
+    state = write(config, tmp_path, fine_tuned=fine_tuned)
+    model = load(config, tmp_path)
+    lavis.save(model, tmp_path / "again" / "blip2.pth", vision=fine_tuned)
+    again: dict[str, Any] = torch.load(tmp_path / "again" / "blip2.pth", weights_only=True)["model"]
+    copies = {"Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias"}
+    assert again.keys() == state.keys()
+    for name in state.keys() - copies:
+        assert torch.equal(again[name], state[name]), name
+    if config.language:
+        assert model.caption(PHOTO, max_new_tokens=3) is not None
+    else:
+        assert model.match(PHOTO, "1 2").itm.shape == (1, 1)
+
+
+def test_an_encoder_with_zero_key_biases_is_written_as_one_without(tmp_path: Path):
+    write(CONFIGS["opt"], tmp_path)
+    model = load(CONFIGS["opt"], tmp_path)
+    assert isinstance(model.config.vision, VisionConfig)
+    with_bias = dataclasses.replace(model.config.vision, key_bias=True)
+    state = {f"vision.{name}": tensor for name, tensor in model.encoder.state_dict().items()}  # type: ignore[union-attr]
+    theirs = to_theirs(maps.vision(model.config.vision), state, "test")
+    encoder = VisionTransformer(with_bias)
+    joined = {
+        name: tensor
+        for rule in maps.vision(with_bias)
+        for name, tensor in zip(rule.ours, rule.operation.join([theirs[n] for n in rule.theirs]), strict=True)
+    }
+    encoder.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in joined.items()})
+    images = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(encoder(images), model.encoder(images))
+    joined["vision.blocks.0.attention.qkv.bias"] += 1
+    with pytest.raises(CheckpointError, match="an attention key of the vision encoder has a bias"):
+        to_theirs(maps.vision(with_bias), joined, "test")
+
+
+# What is known of the published files: a name in each, its shape.
+FACTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "pretrain": {
+        "query_tokens": (1, 32, 768),
+        "ln_vision.weight": (1408,),
+        "Qformer.bert.embeddings.word_embeddings.weight": (30523, 768),
+        "Qformer.bert.embeddings.position_embeddings.weight": (512, 768),
+        "Qformer.bert.encoder.layer.10.crossattention.self.key.weight": (768, 1408),
+        "Qformer.bert.encoder.layer.11.intermediate.dense.weight": (3072, 768),
+        "Qformer.cls.predictions.bias": (30523,),
+        "vision_proj.weight": (256, 768),
+        "itm_head.weight": (2, 768),
+        "temp": (),
+    },
+    "pretrain_opt2.7b": {
+        "opt_proj.weight": (2560, 768),
+        "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight": (3072, 768),
+    },
+    "pretrain_flant5xl_vitL": {"t5_proj.weight": (2048, 768), "ln_vision.bias": (1024,)},
+}
+
+
+@pytest.mark.parametrize("preset", FACTS)
+def test_names_and_shapes_are_those_of_the_published_files(preset: str):
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        state = {f"bridge.{name}": tensor for name, tensor in Bridge(config).state_dict().items()}
+    theirs = to_theirs(maps.trained(config), state, preset)
+    assert {name: tuple(theirs[name].shape) for name in FACTS[preset]} == FACTS[preset]
+    assert not any(".1.crossattention" in name for name in theirs)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "mini"])
+def test_the_shapes_in_a_file_tell_which_model_it_is(preset: str):
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        state = {f"bridge.{name}": tensor for name, tensor in Bridge(config).state_dict().items()}
+        theirs = to_theirs(maps.trained(config), state, preset)
+        if preset.startswith(("coco", "caption")):
+            tower = {f"vision.{name}": t for name, t in VisionTransformer(config.vision).state_dict().items()}
+            named = to_theirs(maps.vision(config.vision), tower, preset)
+            theirs |= {f"visual_encoder.{name}": tensor for name, tensor in named.items()}
+    assert lavis.published(lavis.Pickled(theirs), preset) == config
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("eva_vit_g.pth", "frozen part 'vision' is not at .*put eva_vit_g.pth beside"),
+        ("bert-base-uncased", "frozen part 'text' is not at .*put bert-base-uncased beside"),
+    ],
+)
+def test_a_frozen_part_that_is_not_there_is_asked_for(missing: str, message: str, tmp_path: Path):
+    write(CONFIGS["stage 1"], tmp_path)
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=message):
+        load(CONFIGS["stage 1"], tmp_path)
+
+
+def test_what_is_no_lavis_file_is_an_error_and_runs_nothing(tmp_path: Path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(pickle.dumps({"model": {"a": Path("/")}}))
+    with pytest.raises(CheckpointError, match="cannot be read as weights alone"):
+        blip2.load(path, device="cpu")
+    torch.save({"model": {"a": torch.zeros(3)}}, path)
+    with pytest.raises(CheckpointError, match="none of the published models"):
+        blip2.load(path, device="cpu")
+    torch.save({"model": {"a": 3}}, path)
+    with pytest.raises(CheckpointError, match="a is no tensor but a int"):
+        blip2.load(path, device="cpu")
+    torch.save([torch.zeros(3)], path)
+    with pytest.raises(CheckpointError, match="holds a list"):
+        blip2.load(path, device="cpu")
+    with pytest.raises(CheckpointError, match="missing"):
+        blip2.load(tmp_path / "none.pth", device="cpu")
+    with pytest.raises(ConfigError, match="`parts` are those of a LAVIS file"):
+        blip2.load("mini", parts={"vision": "x"})
+
+
+def test_from_lavis_to_transformers_and_back_is_the_same_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = CONFIGS["opt"]
+    state = write(config, tmp_path)
+    state["opt_proj.weight"] = state["opt_proj.weight"].half()  # whatever type a tensor has, it keeps
+    torch.save({"model": state}, tmp_path / "blip2.pth")
+    monkeypatch.setattr(lavis, "published", lambda *_: config)
+    parts = {"language": tmp_path / "language"}
+    convert(tmp_path / "blip2.pth", tmp_path / "theirs", "transformers", parts=parts)
+    convert(tmp_path / "theirs", tmp_path / "again.pth", "lavis")
+    again: dict[str, Any] = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert again.keys() == state.keys()
+    assert all(again[name].dtype == tensor.dtype and torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path):
+    write(CONFIGS["stage 1, ViT-L"], tmp_path)
+    with pytest.raises(CheckpointError, match="EVA ViT-g layout only"):
+        transformers_format.save(load(CONFIGS["stage 1, ViT-L"], tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="neither a directory of transformers nor a LAVIS file"):
+        convert("mini", tmp_path / "out", "transformers")
