@@ -9,8 +9,9 @@ import tiny
 import torch
 from processes import finish, run_ranks, run_tiny, said, start
 
+from blip2.errors import ConfigError
 from blip2.train import checkpoint
-from blip2.train.distributed import World, _Gather, join_world  # pyright: ignore[reportPrivateUsage]
+from blip2.train.distributed import World, _Gather, join_world, rank_device  # pyright: ignore[reportPrivateUsage]
 from blip2.train.log import say
 from blip2.weights import load
 
@@ -95,11 +96,21 @@ def test_a_rank_has_its_device_before_it_meets_the_others_and_a_backend_that_fit
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: made.append(("device", chosen)))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: made.append(("backend", backend)))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert join_world(device) == World(1, 2, 1)
     assert made == calls
+
+
+def test_one_device_is_not_for_several_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert rank_device("cuda:0", 1, 1) == torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match="'cuda:0' is one device and there are 2 ranks"):
+        rank_device("cuda:0", 1, 2)
 
 
 def test_gathering_leaves_autograd_s_own_gradient_alone(monkeypatch: pytest.MonkeyPatch):

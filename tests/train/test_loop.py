@@ -19,7 +19,7 @@ import blip2
 from blip2.cli import train as command
 from blip2.errors import Blip2Error, CheckpointError, ConfigError, DataError
 from blip2.train import checkpoint, loop, optimizer, parts, report
-from blip2.train.distributed import World, pick_device
+from blip2.train.distributed import World, rank_device
 from blip2.train.folder import Folder, open_folder
 from blip2.train.log import Log
 from blip2.train.loop import read_ahead, train
@@ -292,10 +292,10 @@ def test_precision_and_device_that_are_not_there_are_refused():
     with pytest.raises(ConfigError, match="fp16 needs CUDA"):
         Precision.choose("fp16", torch.device("cpu"))
     with pytest.raises(ConfigError, match="'gpu' is none"):
-        pick_device("gpu")
+        rank_device("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no CUDA here"):
-            pick_device("cuda:0")
+        with pytest.raises(ConfigError, match="sees no CUDA device"):
+            rank_device("cuda:0")
 
 
 def test_a_batch_that_ranks_and_parts_cannot_share_is_refused(shapes: Path, tmp_path: Path):

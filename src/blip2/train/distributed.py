@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from blip2.device import pick_device
 from blip2.errors import ConfigError
 
 
@@ -94,7 +95,7 @@ def join_world(device: str = "auto") -> World:
     Starts the process group if there are several: nccl for what is on CUDA, gloo for what is not.
 
     Args:
-        device: as for `pick_device`. It becomes the current one first, since nccl runs a barrier there.
+        device: as for `rank_device`. It becomes the current one first, since nccl runs a barrier there.
     Raises:
         ConfigError: no such device.
     """
@@ -102,7 +103,7 @@ def join_world(device: str = "auto") -> World:
     if size == 1:
         return World()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = pick_device(device, local_rank)
+    chosen = rank_device(device, local_rank, size)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     return World(dist.get_rank(), size, local_rank)
@@ -119,22 +120,17 @@ def world(device: str = "auto") -> Generator[World, None, None]:
             dist.destroy_process_group()
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is this rank's CUDA device where there is one, else the CPU.
+def rank_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
+    """The device of a rank: `auto` and `cuda` give each rank of a machine its own, and it becomes the current one.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: no such device, or one for several ranks.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: {name!r} is none; write auto, cpu or cuda") from None
+    device = pick_device(name)
     if device.type != "cuda":
         return device
-    if not torch.cuda.is_available():
-        raise ConfigError("device: there is no CUDA here; write device=cpu, or auto")
-    device = torch.device("cuda", device.index if ":" in name else local_rank)
+    if size > 1 and device.index is not None:
+        raise ConfigError(f"device: {name!r} is one device and there are {size} ranks; write cuda, or auto")
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
     torch.cuda.set_device(device)
     return device

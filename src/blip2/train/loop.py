@@ -54,7 +54,7 @@ def train(recipe: Recipe, parts: Parts | None = None) -> Report:
     Source: BLIP-2, section 3.
     """
     with distributed.world(recipe.device) as world, open_folder(recipe, world) as folder:
-        device = distributed.pick_device(recipe.device, world.local_rank)
+        device = distributed.rank_device(recipe.device, world.local_rank, world.size)
         precision = Precision.choose(recipe.precision, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(draw_seed(recipe.seed, "initial weights"))

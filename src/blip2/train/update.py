@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from blip2.device import half_dtype
 from blip2.errors import Blip2Error, ConfigError
 from blip2.train.checkpoint import State
 from blip2.train.distributed import World
@@ -136,8 +137,7 @@ class Precision:
         Raises:
             ConfigError: float16 on a CPU.
         """
-        brain = device.type == "cpu" or torch.cuda.is_bf16_supported()
-        half = torch.bfloat16 if brain else torch.float16
+        half = half_dtype(device)
         if name == "auto":
             return cls(device, None if device.type == "cpu" else half, half)
         if name == "fp16" and device.type == "cpu":
