@@ -129,8 +129,8 @@ def rank_device(name: str, local_rank: int = 0, size: int = 1) -> torch.device:
     device = pick_device(name)
     if device.type != "cuda":
         return device
-    if size > 1 and device.index is not None:
+    if size > 1 and ":" in name:
         raise ConfigError(f"device: {name!r} is one device and there are {size} ranks; write cuda, or auto")
-    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    device = torch.device("cuda", device.index if ":" in name else local_rank)
     torch.cuda.set_device(device)
     return device
