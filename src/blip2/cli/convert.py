@@ -16,11 +16,13 @@ class To(StrEnum):
 
     TRANSFORMERS = "transformers"
     LAVIS = "lavis"
+    PADDLE = "paddle"
 
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A directory of transformers, a LAVIS .pth, a hub name.")
+        str,
+        typer.Argument(metavar="SRC", help="A directory (transformers, PaddleNLP), a LAVIS .pth, or a hub name."),
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A directory, or a .pth for LAVIS.")],
     *,

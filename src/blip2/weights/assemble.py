@@ -17,7 +17,7 @@ from blip2.config import LanguageConfig, PartConfig
 from blip2.errors import CheckpointError
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer
-from blip2.weights import transformers
+from blip2.weights import paddle, transformers
 from blip2.weights.load import load, load_config
 
 
@@ -29,6 +29,8 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
     Raises:
         CheckpointError, ConfigError, MissingExtraError: see `blip2.load`.
     """
+    if paddle.holds(directory):
+        return paddle.load(directory, device, dtype)
     if transformers.holds(directory):
         return transformers.load(directory, device, dtype)
     config = load_config(directory)

@@ -10,9 +10,9 @@ import torch
 
 from blip2.blip2 import Blip2
 from blip2.errors import CheckpointError
-from blip2.weights import hub, lavis, transformers
+from blip2.weights import hub, lavis, paddle, transformers
 
-Format = Literal["transformers", "lavis"]
+Format = Literal["transformers", "lavis", "paddle"]
 
 
 def convert(
@@ -21,8 +21,8 @@ def convert(
     """Write a checkpoint anew in another format, every tensor in the type that it has.
 
     Args:
-        source: a directory of transformers, a LAVIS file, or a name on the hub.
-        target: a directory for `transformers`, a `.pth` for `lavis`.
+        source: a directory of transformers or PaddleNLP, a LAVIS file, or a name on the hub.
+        target: a directory, for `lavis` a `.pth`.
         parts: of a LAVIS source, see `blip2.load`.
         vision: for `lavis`, the image encoder too, as LAVIS keeps it where it was fine-tuned.
     Raises:
@@ -33,6 +33,8 @@ def convert(
         if target.suffix != lavis.SUFFIX:
             raise CheckpointError(f"{target}: a LAVIS file is called *{lavis.SUFFIX}")
         lavis.save(model, target, vision=vision)
+    elif to == "paddle":
+        paddle.save(model, target)
     else:
         transformers.save(model, target)
 
@@ -44,9 +46,11 @@ def _open(source: str | Path, parts: Mapping[str, str | Path] | None) -> Blip2:
     place = Path(source)
     if place.suffix == lavis.SUFFIX:
         return lavis.load(place, cpu, None, parts=parts)
+    if paddle.holds(place):
+        return paddle.load(place, cpu, None)
     if transformers.holds(place):
         return transformers.load(place, cpu, None)
     raise CheckpointError(
-        f"{place}: neither a directory of transformers nor a LAVIS file; models in our own format name frozen parts "
-        "that other formats have no place for"
+        f"{place}: neither a directory of transformers or PaddleNLP nor a LAVIS file; models in our own format name "
+        "frozen parts that other formats have no place for"
     )

@@ -153,6 +153,21 @@ class Copied:
 
 
 @dataclass(frozen=True)
+class Transposed:
+    """Matrices that lie the other way round, and then what else is to be done with them."""
+
+    then: Operation
+
+    def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Rows become columns."""
+        return self.then.join([tensor.mT for tensor in theirs])
+
+    def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Columns become rows."""
+        return [tensor.mT for tensor in self.then.split(ours)]
+
+
+@dataclass(frozen=True)
 class Rule:
     """Some tensors of ours and where they come from.
 

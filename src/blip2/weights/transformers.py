@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from blip2.model.opt import OPT
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.text import Tokenizer
+from blip2.weights import vocabulary
 from blip2.weights.fill import Part, fill, put
 from blip2.weights.maps import transformers as maps
 from blip2.weights.maps import transformers_config as keys
@@ -52,24 +53,46 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Bl
         CheckpointError: a file is missing or damaged, the model is of another kind, or its tensors do not fit; the
             message lists them.
     """
-    values = _read_json(directory / "config.json")
+    values = read_json(directory / "config.json")
     tensors = open_directory(directory)
     extra = Safetensors.open([directory / EXTRA]) if (directory / EXTRA).is_file() else None
     config = keys.config(values, directory / "config.json", tensors.names())
     if extra is not None:
         config = config.replace(word_head=any(name.startswith("bridge.heads.words.") for name in extra.names()))
+    return build(config, values, tensors, maps.blip2(config), maps.BESIDE, directory, device, dtype, extra)
+
+
+def build(
+    config: Blip2Config,
+    values: Mapping[str, Any],
+    tensors: Tensors,
+    rules: Sequence[Rule],
+    beside: Collection[str],
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    extra: Tensors | None = None,
+) -> Blip2:
+    """A model of a configuration from a checkpoint's tensors, whatever they are called there.
+
+    Args:
+        values: what stands in `config.json`: the special tokens are read from it.
+        rules: from the checkpoint's names to ours.
+        beside: tensors that may be there and are not needed.
+        extra: under our names, what the format has no place for.
+    Raises:
+        CheckpointError: as `load`.
+    """
     with skeleton():
         bridge, vision = Bridge(config), _vision(config)
         language = build_language(config.language) if isinstance(config.language, OPTConfig | T5Config) else None
     parts = {"vision": Part(vision, dtype), "bridge": Part(bridge, None if dtype is None else torch.float32)}
     if language is not None:
         parts["language"] = Part(language, dtype)
-    rules = maps.blip2(config)
-    beside = set(maps.BESIDE) - {name for rule in rules for name in rule.theirs}
     filled = {name for rule in rules for name in rule.ours}
     lacking = [name for name in bridge.state_dict() if f"bridge.{name}" not in filled]
-    given = [f"bridge.{name}" for name in lacking]
-    fill(parts, rules, tensors, directory, device, ignored=beside, given=given)
+    ignored = set(beside) - {name for rule in rules for name in rule.theirs}
+    fill(parts, rules, tensors, directory, device, ignored=ignored, given=[f"bridge.{name}" for name in lacking])
     for name, tensor in _beside(lacking, extra).items():
         put(bridge, name, tensor.to(device, tensor.dtype if dtype is None else torch.float32))
     tokenizer = _tokenizer(directory, config, values)
@@ -172,24 +195,21 @@ def _vision(config: Blip2Config) -> VisionTransformer:
     return VisionTransformer(config.vision)
 
 
-def _tokenizer(directory: Path, config: Blip2Config, values: dict[str, Any]) -> Tokenizer:
+def _tokenizer(directory: Path, config: Blip2Config, values: Mapping[str, Any]) -> Tokenizer:
     """The one beside the weights: the language model's, or in a retrieval model the Q-Former's."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; save the processor beside the model with save_pretrained")
     if config.heads:
         frame = config.qformer.cls_id, config.qformer.sep_id
-        return Tokenizer.from_file(path, bos=None, pad=config.qformer.pad_id, stop_ids=(frame[1],), frame=frame)
+        return vocabulary.read(directory, bos=None, pad=config.qformer.pad_id, stop_ids=(frame[1],), frame=frame)
     text: dict[str, Any] = values.get("text_config") or {}
     generation = directory / "generation_config.json"
-    chosen = {**text, **{k: v for k, v in (_read_json(generation) if generation.is_file() else {}).items() if v}}
+    chosen = {**text, **{k: v for k, v in (read_json(generation) if generation.is_file() else {}).items() if v}}
     t5 = isinstance(config.language, T5Config)
     stops = chosen.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [1 if t5 else 2] if stops is None else [stops]
     pad = chosen.get("pad_token_id")
     bos = None if t5 else (2 if text.get("bos_token_id") is None else text["bos_token_id"])
     fill_id = (0 if t5 else 1) if pad is None else int(pad)
-    return Tokenizer.from_file(path, bos=bos, pad=fill_id, stop_ids=tuple(stops), end=stops[0] if t5 else None)
+    return vocabulary.read(directory, bos=bos, pad=fill_id, stop_ids=tuple(stops), end=stops[0] if t5 else None)
 
 
 def _identity(tensors: Tensors, config: Blip2Config) -> str:
@@ -202,7 +222,12 @@ def _identity(tensors: Tensors, config: Blip2Config) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys of a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or holds none.
+    """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
