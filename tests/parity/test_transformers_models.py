@@ -19,6 +19,7 @@ from PIL import Image
 
 import blip2
 from blip2.blip2 import Blip2
+from blip2.decoding import Decoding
 from blip2.errors import CheckpointError
 from blip2.model.bridge import Bridge
 from blip2.weights import transformers as format
@@ -121,6 +122,9 @@ METHODS: list[dict[str, Any]] = [
     {"max_new_tokens": 12, "num_beams": 5, "length_penalty": -1.0},
     {"max_new_tokens": 12, "num_beams": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
     {"max_new_tokens": 12, "min_new_tokens": 6, "num_beams": 5, "num_return_sequences": 3},
+    {"max_new_tokens": 20, "min_new_tokens": 4, "repetition_penalty": 0.8},
+    {"max_new_tokens": 16, "num_beams": 4, "length_penalty": 2.0, "early_stopping": True},
+    {"max_new_tokens": 7, "num_beams": 2, "no_repeat_ngram_size": 3, "repetition_penalty": 1.1},
 ]
 OURS = {"no_repeat_ngram_size": "no_repeat_ngram", "num_return_sequences": "num_captions"}
 
@@ -148,6 +152,22 @@ def test_tokens_are_the_same(pair: tuple[Any, Blip2], method: dict[str, Any], pr
     for text, tokens in zip(rows, written.tolist(), strict=True):
         end = tokens.index(1) if 1 in tokens else len(tokens)
         assert list(text.ids) == tokens[:end]
+
+
+@pytest.mark.parametrize("beams", [1, 5])
+def test_ragged_prompts_in_one_batch_give_what_each_gives_alone(pair: tuple[Any, Blip2], beams: int):
+    theirs, ours = pair
+    images, prompts = pictures(5), ["w1", "", "w3 w4 w5 w6 w7 w8", "w9 w2", "w11 w12 w13"]
+    t5 = theirs.config.text_config.model_type == "t5"
+    limits = {"max_new_tokens": 10, "num_beams": beams}
+    found = ours.write(ours.encode(images), prompts, Decoding.of(limits))
+    for image, prompt, [text] in zip(images, prompts, found, strict=True):
+        words = [WORDS.index(word) for word in prompt.split()]
+        ids = torch.tensor([[60] * 4 + ([*words, 1] if t5 else [2, *words])])
+        with torch.no_grad():
+            alone = theirs.generate(pixel_values=pixels(ours, [image]), input_ids=ids, do_sample=False, **limits)[0]
+        tokens = (alone[1:] if t5 else alone[ids.shape[1] :]).tolist()
+        assert list(text.ids) == tokens[: tokens.index(1) if 1 in tokens else len(tokens)]
 
 
 @pytest.fixture(scope="module")
