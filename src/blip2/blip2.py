@@ -360,6 +360,8 @@ def load(
         raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
     if name is not None and hub.is_name(str(name)):
         directory = hub.download(str(name), revision=revision, token=token, offline=offline)
+    elif revision or token:
+        raise ConfigError(f"{name}: `revision` and `token` are for models on the hub, OWNER/NAME")
     else:
         directory = model_directory(name)
     return assemble(directory, place, half)

@@ -60,3 +60,4 @@ def test_choices_may_hold_any_word(language: Any, prefix: Tensor, lengths: Tenso
     targets = torch.tensor([[4, 3, -100], [15, 16, 3]])
     expected = [language.log_probs(prefix, lengths, row.expand(len(prefix), -1), wide).sum(1) for row in targets]
     torch.testing.assert_close(scores, torch.stack(expected, 1))
+    torch.testing.assert_close(rank(Narrowed(language, WRITTEN), prefix, lengths, choices, batch=1), scores)

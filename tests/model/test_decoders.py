@@ -181,3 +181,28 @@ def test_what_cannot_be_is_an_error(pair: tuple[TransformersLM, Model]):
         ours.prefill(prefixes(2, 4), torch.tensor([4, 0]))
     with pytest.raises(ConfigError, match="target 60 is not in the vocabulary of 2"):
         ours.log_probs(prefixes(1, 4), torch.tensor([4]), torch.tensor([[60]]), torch.tensor([1, 2]))
+
+
+def test_rows_of_a_head_that_inference_asked_for_serve_a_gradient_too(pair: tuple[TransformersLM, Model]):
+    _, ours = pair
+    some = torch.tensor([1, 3, 8, 50])
+    with torch.inference_mode():
+        ours.prefill(prefixes(1, 4), torch.tensor([4]), some)
+    prefix = prefixes(1, 4).requires_grad_()
+    ours.log_probs(prefix, torch.tensor([4]), torch.tensor([[3, 1]]), some).sum().backward()
+    assert prefix.grad is not None
+
+
+@torch.no_grad()
+def test_t5_stays_finite_in_float16_where_its_activations_do_not_fit():
+    torch.manual_seed(0)
+    model = T5(T5Config(width=32, layers=2, heads=4, head_width=8, mlp_width=48, vocab_size=VOCAB))
+    for layer in [*model.encoder, *model.decoder]:
+        layer.mlp.gate_up.weight *= 60
+        layer.mlp.down.weight *= 3000
+    expected, _ = model.prefill(prefixes(2, 5), torch.tensor([5, 3]))
+    inner = model.encoder[0](prefixes(2, 5), model.encoder_positions(5, 0)[None])
+    assert inner.abs().max() > torch.finfo(torch.float16).max
+    found, _ = model.half().half_safe().prefill(prefixes(2, 5), torch.tensor([5, 3]))
+    assert expected.isfinite().all()
+    assert found.isfinite().all()

@@ -227,6 +227,19 @@ def test_shards_and_pickles_load_as_one_file_does(pair: tuple[Any, Blip2], shard
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_a_head_that_is_not_the_embeddings_it_should_be_tied_to_is_an_error(tmp_path: Path):
+    theirs = transformers.Blip2ForConditionalGeneration(_config(opt()))
+    save(theirs, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = dict(theirs.state_dict())
+    state["language_model.lm_head.weight"] = state["language_model.lm_head.weight"] + 1
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not .*embed_tokens\.weight"):
+        blip2.load(tmp_path, device="cpu")
+    with pytest.raises(CheckpointError, match="holds a model of another format"):
+        format.save(blip2.load("mini"), tmp_path)
+
+
 def damaged(theirs: Any, place: Path, change: str) -> None:
     save(theirs, place)
     path = place / "model.safetensors"
@@ -256,6 +269,12 @@ def damaged(theirs: Any, place: Path, change: str) -> None:
         ("- num_query_tokens 5", r"query_tokens is \[1, 4, 16\], the configuration wants \[1, 5, 16\]"),
         ('text_config model_type "llama"', "kind 'llama'"),
         ('qformer_config hidden_act "relu"', "hidden_act is 'relu', only 'gelu' is known"),
+        ('vision_config hidden_act "relu"', "Input should be 'gelu' or 'quick_gelu'"),
+        ("vision_config num_hidden_layers 1000000000", "1000000000 layers, and the checkpoint has 1"),
+        ("vision_config num_attention_heads 5", "5 heads cannot share a width of 12"),
+        ("qformer_config cross_attention_frequency 0", "our cross_attention_every would be 0|cannot be understood"),
+        ('vision_config hidden_size "wide"', "cannot be understood"),
+        ("- vision_config [1]", "cannot be understood"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(change: str, message: str, tmp_path: Path):
@@ -303,9 +322,14 @@ def test_what_the_format_lacks_is_kept_beside_it(retrieval: tuple[Any, Blip2], t
     transformers.Blip2ForImageTextRetrieval.from_pretrained(tmp_path)
 
 
-def test_saving_over_another_model_leaves_nothing_of_it(pair: tuple[Any, Blip2], tmp_path: Path):
+def test_saving_over_another_model_leaves_nothing_of_it(
+    pair: tuple[Any, Blip2], retrieval: tuple[Any, Blip2], tmp_path: Path
+):
     _, ours = pair
+    format.save(retrieval[1], tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 33}')
     format.save(ours, tmp_path, shard_bytes=20_000)
     format.save(ours, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     same_model(ours, blip2.load(tmp_path, device="cpu", dtype="float32"))

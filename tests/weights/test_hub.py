@@ -62,5 +62,5 @@ def test_what_the_cache_lacks_is_an_error_that_says_so(name: str):
 
 def test_without_weights_it_is_no_model(cache: Path):
     (cache / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="neither safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"neither safetensors, \.bin nor"):
         hub.download("someone/blip2-tiny", offline=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from blip2.protocols import Cache, LanguageModel
@@ -75,10 +74,10 @@ class Narrowed(nn.Module):
         vocabulary: Tensor | None = None,
         alike: tuple[Tensor, int] | None = None,
     ) -> Tensor:
-        """As the model's; the softmax runs over what is written and over the targets, whatever words they hold."""
-        if vocabulary is None:
-            vocabulary = torch.cat([self.vocabulary, targets[targets >= 0]]).unique()
-        return self.language.log_probs(prefix, lengths, targets, vocabulary, alike)
+        """As the model's; the softmax runs over what is written, unless another vocabulary is given."""
+        return self.language.log_probs(
+            prefix, lengths, targets, self.vocabulary if vocabulary is None else vocabulary, alike
+        )
 
     def _spread(self, logits: Tensor) -> Tensor:
         """float[B, K] to float[B, V], so that tokens keep their ids."""

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from blip2.errors import PromptError
+from blip2.model.scoring import PADDING
 from blip2.protocols import LanguageModel
-
-PADDING = -100
 
 
 @torch.no_grad()
@@ -44,10 +43,17 @@ def rank(
     targets = torch.tensor(padded, device=device)  # (C, T)
     rows = torch.arange(len(prefix), device=device).repeat_interleave(len(choices))
     which = torch.arange(len(choices), device=device).repeat(len(prefix))
+    vocabulary = _with_choices(language, targets)
     common = int(lengths.min())  # a row's choices share all of its prefix, but all rows are cut at one place
     found = [
-        language.log_probs(prefix[some_rows], lengths[some_rows], targets[some], None, (some_rows, common)).sum(1)
+        language.log_probs(prefix[some_rows], lengths[some_rows], targets[some], vocabulary, (some_rows, common)).sum(1)
         for some_rows, some in zip(rows.split(batch), which.split(batch), strict=True)
     ]
     scores = torch.cat(found).view(len(prefix), len(choices))
     return scores / (targets != PADDING).sum(1) if per_token else scores
+
+
+def _with_choices(language: LanguageModel, targets: Tensor) -> Tensor | None:
+    """Where a model writes some tokens only: these and those of all choices, one vocabulary for every row."""
+    written: Tensor | None = getattr(language, "vocabulary", None)
+    return None if written is None else torch.cat([written, targets[targets != PADDING]]).unique()

@@ -70,10 +70,10 @@ class Bridge(nn.Module):
         Returns:
             float[B, 2], logits of (no match, match).
         """
-        return self._by_length(ids, lambda rows, group: self._match(sight.rows(images[rows]), group))
+        return self._by_length(ids, lambda rows, group: self._match(sight, images[rows], group))
 
-    def _match(self, sight: Sight, ids: Tensor) -> Tensor:
-        hidden = self.qformer.join(sight, ids)[:, : self.config.qformer.queries]  # (B, Q, D)
+    def _match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
+        hidden = self.qformer.join(sight, ids, images)[:, : self.config.qformer.queries]  # (B, Q, D)
         return self._heads.itm_head(hidden).mean(1)
 
     def _by_length(self, ids: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -81,7 +81,7 @@ class Bridge(nn.Module):
 
         On a CPU padding costs as much as words, and half of a batch of captions is padding.
         """
-        if ids.device.type != "cpu":
+        if ids.device.type != "cpu" or len(ids) <= 1:
             return run(torch.arange(len(ids), device=ids.device), ids)
         lengths = self.qformer.real(ids).sum(1)
         order = lengths.argsort(descending=True, stable=True)

@@ -115,11 +115,11 @@ class QFormer(nn.Module):
             x = layer(x, 0, *layer.attention.keys_values(x), mask, None)
         return x
 
-    def join(self, sight: Sight, ids: Tensor) -> Tensor:
+    def join(self, sight: Sight, ids: Tensor, images: Tensor | None = None) -> Tensor:
         """Queries and text see each other (ITM).
 
         Args:
-            sight: of B images.
+            sight: of B images; of any number where `images`, int64[B], says which one each text goes with.
             ids: int64[B, T], right-padded.
         Returns:
             float[B, Q + T, D]: the queries first.
@@ -128,7 +128,7 @@ class QFormer(nn.Module):
         queries = self._start_queries(len(ids))
         x = torch.cat([queries, self._start_text(ids)], dim=1)  # (B, Q + T, D)
         real = torch.cat([self.real(ids).new_ones(queries.shape[:2]), self.real(ids)], dim=1)  # (B, Q + T)
-        for layer, seen in self._layers_with(sight):
+        for layer, seen in self._layers_with(sight, images):
             x = layer(x, queries.shape[1], *layer.attention.keys_values(x), real[:, None, None, :], seen)
         return x
 
@@ -156,11 +156,14 @@ class QFormer(nn.Module):
     def _layers(self) -> list[Layer]:
         return cast("list[Layer]", self.layers)  # a ModuleList forgets the type of its modules
 
-    def _layers_with(self, sight: Sight) -> Iterator[tuple[Layer, tuple[Tensor, Tensor] | None]]:
-        """Each layer with what its cross-attention reads, None where it has none."""
+    def _layers_with(
+        self, sight: Sight, images: Tensor | None = None
+    ) -> Iterator[tuple[Layer, tuple[Tensor, Tensor] | None]]:
+        """Each layer with what its cross-attention reads, None where it has none; one layer's copies at a time."""
         crossing = zip(sight.keys, sight.values, strict=True)
         for layer in self._layers:
-            yield layer, None if layer.cross_attention is None else next(crossing)
+            seen = None if layer.cross_attention is None else next(crossing)
+            yield layer, seen if seen is None or images is None else (seen[0][images], seen[1][images])
 
     def _start_queries(self, rows: int) -> Tensor:
         return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1))  # (B, Q, D)

@@ -110,11 +110,14 @@ class HeadRows:
     """Weight rows and biases of a head for some tokens; the last ones asked for are kept, since a text asks again."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
 
     def __call__(self, vocabulary: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """float[K, D], and float[K] or None."""
-        if self._kept is None or self._kept[0] is not vocabulary:
-            some = None if bias is None else bias.index_select(0, vocabulary)
-            self._kept = vocabulary, weight.index_select(0, vocabulary), some
-        return self._kept[1:]
+        kept = self._kept
+        if kept is None or kept[0] is not vocabulary or kept[1] is not weight or kept[2].dtype != weight.dtype:
+            with torch.inference_mode(False):  # what is kept may be asked for with gradients later
+                some = None if bias is None else bias.index_select(0, vocabulary)
+                kept = vocabulary, weight, weight.index_select(0, vocabulary), some
+            self._kept = kept
+        return kept[2:]

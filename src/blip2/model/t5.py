@@ -19,6 +19,7 @@ from blip2.model.cache import Cache
 from blip2.model.language import Language
 from blip2.model.scoring import by_length, check_prefix, chosen_log_probs, first_of_each
 
+HALF_END = torch.finfo(torch.float16).max - 1000
 SCALE = 1.0  # of the scores: the initialisation took care of it
 
 
@@ -37,6 +38,12 @@ class T5(Language):
         self.decoder_positions = RelativePositions(config, both_ways=False)
         self.decoder_norm = RMSNorm(config)
         self.requires_grad_(False).eval()
+
+    def half_safe(self) -> T5:
+        """With float32 weights where float16 would overflow; for a model in float16."""
+        for layer in [*self.encoder, *self.decoder]:
+            cast("EncoderLayer | DecoderLayer", layer).mlp.down.float()
+        return self
 
     @property
     def start_id(self) -> int:
@@ -164,7 +171,11 @@ class DecoderLayer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """x + down(gelu(gate) * up), after a norm."""
+    """x + down(gelu(gate) * up), after a norm.
+
+    In float16 T5's activations pass what the type can hold: `down` then keeps float32 weights (see `half_safe`), and
+    the sum is cut at the type's end, as in transformers.
+    """
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -175,7 +186,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)
-        return x + self.down(F.gelu(gate, approximate=self.approximate) * up)
+        inner = F.gelu(gate, approximate=self.approximate) * up
+        out = self.down(inner.to(self.down.weight.dtype))
+        if x.dtype == torch.float16:
+            return (x.float() + out).clamp(-HALF_END, HALF_END).to(x.dtype)
+        return x + out
 
 
 class RelativePositions(nn.Module):

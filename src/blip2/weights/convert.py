@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from blip2.blip2 import Blip2
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, ConfigError
 from blip2.weights import hub, lavis, paddle, transformers
 
 Format = Literal["transformers", "lavis", "paddle"]
@@ -28,6 +28,8 @@ def convert(
     Raises:
         CheckpointError: the source cannot be read, or the format cannot hold the model; nothing is written then.
     """
+    if vision and to != "lavis":
+        raise ConfigError("--vision is for LAVIS: the other formats always hold the image encoder")
     model = _open(source, parts)
     if to == "lavis":
         if target.suffix != lavis.SUFFIX:
@@ -46,6 +48,8 @@ def _open(source: str | Path, parts: Mapping[str, str | Path] | None) -> Blip2:
     place = Path(source)
     if place.suffix == lavis.SUFFIX:
         return lavis.load(place, cpu, None, parts=parts)
+    if parts:
+        raise ConfigError(f"{place}: parts are those of a LAVIS file (.pth)")
     if paddle.holds(place):
         return paddle.load(place, cpu, None)
     if transformers.holds(place):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")  # OWNER/NAME, perhaps @REVISION
 _SMALL = ["*.json", "*.txt", "*.model"]  # configuration and tokenizer
-_SAFE, _PICKLED = ["*.safetensors"], ["*.bin"]
+_SAFE, _PICKLED = ["*.safetensors"], ["*.bin", "*.pdparams"]
 
 
 def is_name(name: str) -> bool:
@@ -29,20 +29,20 @@ def download(name: str, *, revision: str | None = None, token: str | None = None
         CheckpointError: no such model or revision, no access, no network, or not in the cache.
     """
     name, _, named_revision = name.partition("@")
+    if revision and named_revision and revision != named_revision:
+        raise ConfigError(f"{name}: two revisions, {named_revision} and {revision}")
     revision = revision or named_revision or None
     for weights in (_SAFE, _PICKLED):
         place = _snapshot(name, revision, token, offline, [*_SMALL, *weights])
-        if any(place.glob(weights[0])):
+        if any(match for pattern in weights for match in place.glob(pattern)):
             return place
-    raise CheckpointError(f"{name}: the hub has neither safetensors nor pytorch_model.bin of it")
+    raise CheckpointError(f"{name}: the hub has neither safetensors, .bin nor .pdparams of it")
 
 
 def _snapshot(name: str, revision: str | None, token: str | None, offline: bool, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -65,5 +65,6 @@ def _snapshot(name: str, revision: str | None, token: str | None, offline: bool,
         raise CheckpointError(
             f"{what}: not in the cache, and the hub cannot be asked; connect once, or give a directory"
         ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"{what}: cannot be downloaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of the network library below, whichever that is
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{what}: cannot be downloaded: {reason}") from None

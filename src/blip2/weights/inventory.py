@@ -24,8 +24,11 @@ from blip2.model.bridge import Bridge
 from blip2.model.opt import OPT
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
+from blip2.weights import transformers
 from blip2.weights.assemble import model_directory
+from blip2.weights.maps import transformers_config as keys
 from blip2.weights.skeleton import skeleton
+from blip2.weights.tensors import open_directory
 
 _APACHE = "Apache-2.0"
 
@@ -64,7 +67,11 @@ def named_config(name: str) -> Blip2Config:
     Raises:
         ConfigError: the name is none of these, or the directory's configuration is wrong.
     """
-    file = model_directory(name) / "config.json"
+    directory = model_directory(name)
+    if transformers.holds(directory):
+        values = transformers.read_json(directory / "config.json")
+        return keys.config(values, directory / "config.json", open_directory(directory).names())
+    file = directory / "config.json"
     if file.is_file():
         return read_config(file)
     if name not in PRESETS:

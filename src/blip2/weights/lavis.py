@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from blip2.blip2 import Blip2
 from blip2.config import PRESETS, Blip2Config, LanguageConfig, OPTConfig, T5Config, VisionConfig
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, ConfigError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
 from blip2.model.opt import OPT
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.text import Tokenizer
-from blip2.weights import transformers
+from blip2.weights import transformers, vocabulary
 from blip2.weights.fill import Part, fill
 from blip2.weights.maps import lavis as maps
 from blip2.weights.maps import transformers as transformers_maps
@@ -57,6 +57,8 @@ def load(
     Raises:
         CheckpointError: a frozen part is neither named nor found, or tensors do not fit.
     """
+    if unknown := (parts or {}).keys() - {"vision", "language", "text"}:
+        raise ConfigError(f"parts: {min(unknown)!r} is none of vision, language and text")
     found = read_pickle(path)
     tensors = Pickled.of(found.get("model", found), path)
     config = published(tensors, path) if config is None else config
@@ -70,6 +72,8 @@ def load(
     modules = {"bridge": Part(bridge, None if dtype is None else torch.float32), "vision": Part(vision, dtype)}
     rules, tower = maps.trained(config), maps.vision(config.vision)
     if any(name.startswith(_WITHIN) for name in tensors.names()):
+        if "vision" in named:
+            raise ConfigError(f"parts: {path} holds its image encoder, leave `vision` out")
         fill(modules, rules + within(tower, theirs=_WITHIN), tensors, path, device, ignored=maps.BESIDE)
     else:
         fill({"bridge": modules["bridge"]}, rules, tensors, path, device, ignored=maps.BESIDE)
@@ -178,15 +182,14 @@ def _fill_language(
     beside = copies - {name for rule in rules for name in rule.theirs}
     ours = within(rules, ours="language.")
     fill({"language": Part(language, dtype)}, ours, tensors, directory, device, ignored=beside)
-    return Tokenizer.from_file(directory / "tokenizer.json", **ids)
+    return vocabulary.read(directory, **ids)
 
 
 def _text_tokenizer(config: Blip2Config, path: Path, named: Mapping[str, Path]) -> Tokenizer:
     directory = _find("text", _TEXT, path, named)
     qformer = config.qformer
     frame = qformer.cls_id, qformer.sep_id
-    file = directory / "tokenizer.json"
-    return Tokenizer.from_file(file, bos=None, pad=qformer.pad_id, stop_ids=(frame[1],), frame=frame)
+    return vocabulary.read(directory, bos=None, pad=qformer.pad_id, stop_ids=(frame[1],), frame=frame)
 
 
 def _find(key: str, name: str, path: Path, named: Mapping[str, Path]) -> Path:

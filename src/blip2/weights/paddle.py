@@ -45,8 +45,7 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Bl
     """
     values = _translated(transformers.read_json(directory / "config.json"))
     tensors = Pickled(pdparams.read(directory / FILE))
-    names = {name.replace("language_model.lm_head.decoder_weight", "") for name in tensors.names()}
-    config = keys.config(values, directory / "config.json", names)
+    config = keys.config(values, directory / "config.json", tensors.names())
     return transformers.build(config, values, tensors, maps.blip2(config), maps.BESIDE, directory, device, dtype)
 
 

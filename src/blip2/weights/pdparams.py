@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -51,12 +51,14 @@ def read(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, no arrays by name")
     state: dict[str, Tensor] = {}
-    for name, value in cast("dict[Any, Any]", found).items():
+    arrays = cast("dict[Any, Any]", found)
+    for name in list(arrays):
+        value = arrays.pop(name)  # not held twice
         if name == NAMES:
             continue
         array = value[1] if isinstance(value, tuple) and len(cast("tuple[Any, ...]", value)) == 2 else value
         if not isinstance(name, str) or not isinstance(array, _Array):
-            raise CheckpointError(f"{path}: {name!r} is no array but a {type(array).__name__}")
+            raise CheckpointError(f"{path}: {str(name)[:80] if isinstance(name, str) else 'a name'} is no array")
         try:
             state[name] = array.tensor()
         except CheckpointError as error:
@@ -79,22 +81,29 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
 class _Type:
     """In the place of numpy's dtype."""
 
-    def __init__(self, code: str, *_: Any) -> None:
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: Any, *_: Any) -> None:
         if code not in _TYPES:
-            raise CheckpointError(f"an array of type {code!r}")
-        self.code = code
+            raise CheckpointError(f"an array of type {str(code)[:20]!r}")
+        self.code: str = code
         self.order = "="
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def take(self, state: Any) -> None:
+        """What the file says of it."""
         self.order = state[1]
 
 
 class _Array:
     """In the place of numpy's array: notes of what the file says, checked when the tensor is made."""
 
-    state: tuple[Any, ...] = ()
+    __slots__ = ("state",)
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __init__(self, *_: Any) -> None:
+        self.state: Any = ()
+
+    def take(self, state: Any) -> None:
+        """What the file says of it."""
         self.state = state
 
     def tensor(self) -> Tensor:
@@ -111,9 +120,9 @@ class _Array:
         sizes = [size for size in cast("tuple[Any, ...]", shape) if isinstance(size, int) and size >= 0]
         dtype = _TYPES[kind.code]
         if kind.order == ">" or len(sizes) != len(cast("tuple[Any, ...]", shape)):
-            raise CheckpointError(f"an array of shape {shape} and byte order {kind.order!r}")
+            raise CheckpointError("an array of another byte order, or of no shape")
         if math.prod(sizes) * dtype.itemsize != len(data):
-            raise CheckpointError(f"an array of shape {shape} in {len(data)} bytes")
+            raise CheckpointError(f"an array of shape {sizes} in {len(data)} bytes")
         flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return flat.reshape(sizes[::-1]).permute(*reversed(range(len(sizes)))) if columns else flat.reshape(sizes)
 
@@ -125,7 +134,7 @@ def _reconstruct(*_: Any) -> _Array:
 def _bytes(text: str, encoding: str) -> bytes:
     """How pickles before protocol 3 write bytes."""
     if encoding != "latin1":
-        raise CheckpointError(f"bytes in {encoding!r}")
+        raise CheckpointError("bytes in an encoding that no array is written in")
     return text.encode("latin1")
 
 
@@ -145,11 +154,26 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage]
+    """The reader in Python: its memo grows with the file; the one in C takes memory for whatever index a file names."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # pyright: ignore[reportPrivateUsage]
+
     def __init__(self, file: BufferedReader) -> None:
         super().__init__(file, encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
+        """One of ours in the place of numpy's."""
         if (module, name) not in _KNOWN:
-            raise CheckpointError(f"names {module}.{name}, which no array needs; nothing of it was run")
+            raise CheckpointError(f"names {module[:40]}.{name[:40]}, which no array needs; nothing of it was run")
         return _KNOWN[module, name]
+
+    def load_build(self) -> None:
+        """Give an object its state: arrays and types only, so that nothing else can be changed."""
+        stack: list[Any] = self.stack  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        state = stack.pop()
+        if not isinstance(stack[-1], _Array | _Type):
+            raise CheckpointError("gives a state to what has none")
+        stack[-1].take(state)
+
+    dispatch[pickle.BUILD[0]] = load_build

@@ -90,7 +90,7 @@ class KeyBias:
             CheckpointError: the key has a bias too.
         """
         (whole,) = theirs
-        query, key, value = whole.chunk(3)
+        query, key, value = whole.reshape(3, -1)
         if not key.is_meta and key.any():
             raise CheckpointError("an attention key of the vision encoder has a bias, where this encoder has none")
         return [query, value]
@@ -144,7 +144,13 @@ class Copied:
     count: int
 
     def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The first: they are one tensor under several names."""
+        """The first: they are one tensor under several names.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if not theirs[0].is_meta and not all(torch.equal(theirs[0], other) for other in theirs[1:]):
+            raise CheckpointError("tensors that should be one under several names differ")
         return theirs[:1]
 
     def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:

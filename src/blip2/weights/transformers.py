@@ -33,6 +33,8 @@ from blip2.weights.tensors import Safetensors, Tensors, open_directory
 
 EXTRA = "blip2-extra.safetensors"  # what the format has no place for, under our names
 SINGLE = "model.safetensors"
+OTHERS = ("model_state.pdparams", "bridge.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SAMPLED = 64  # values of a tensor that tell a model from another
 SHARD_BYTES = 5_000_000_000
 
 
@@ -93,7 +95,10 @@ def build(
     lacking = [name for name in bridge.state_dict() if f"bridge.{name}" not in filled]
     ignored = set(beside) - {name for rule in rules for name in rule.theirs}
     fill(parts, rules, tensors, directory, device, ignored=ignored, given=[f"bridge.{name}" for name in lacking])
-    for name, tensor in _beside(lacking, extra).items():
+    _check_copies(tensors, ignored, rules, directory)
+    if isinstance(language, T5) and dtype == torch.float16:
+        language.half_safe()
+    for name, tensor in _beside(bridge, lacking, extra).items():
         put(bridge, name, tensor.to(device, tensor.dtype if dtype is None else torch.float32))
     tokenizer = _tokenizer(directory, config, values)
     return Blip2(
@@ -115,11 +120,19 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
     What the format has no place for, the temperature and the word head, is kept beside it in `blip2-extra.safetensors`.
 
     Raises:
-        CheckpointError: the format cannot hold the model, or the directory cannot be written.
+        CheckpointError: the format cannot hold the model, the directory holds one of another format, or it cannot be
+            written.
     """
+    if others := [name for name in OTHERS if (directory / name).exists()]:
+        raise CheckpointError(f"{directory}: holds a model of another format ({others[0]}); choose another directory")
     tokenizer = model.tokenizer or model.text_tokenizer
     stops = tokenizer.stop_ids if tokenizer else ()
-    values = keys.values(model.config, stop_ids=stops, pad_id=tokenizer.pad if tokenizer else 0)
+    kind = (
+        str(next(model.encoder.parameters()).dtype).removeprefix("torch.")
+        if isinstance(model.encoder, nn.Module)
+        else "float32"
+    )
+    values = keys.values(model.config, stop_ids=stops, pad_id=tokenizer.pad if tokenizer else 0, dtype=kind)
     parts = {"vision": model.encoder, "bridge": model.bridge, "language": model.language}
     state = {
         f"{key}.{name}": tensor
@@ -135,6 +148,9 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
         _write_shards(rules, state, directory, shard_bytes)
         if extra:
             _save(extra, directory / EXTRA)
+        else:
+            (directory / EXTRA).unlink(missing_ok=True)
+        _write_ends(directory / "generation_config.json", values.get("text_config"))
         if tokenizer is not None:
             with replacing(directory / "tokenizer.json") as partial:
                 tokenizer.rust.save(str(partial))
@@ -142,6 +158,16 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
             partial.write_text(json.dumps(values, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: the model cannot be written: {error}; free some space") from error
+
+
+def _write_ends(path: Path, text: Mapping[str, Any] | None) -> None:
+    """The special tokens that transformers' `generate` goes by, and `load` before those in `config.json`."""
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as partial:
+        ends = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in text}
+        partial.write_text(json.dumps(ends, indent=2) + "\n")
 
 
 def _write_shards(rules: Sequence[Rule], state: Mapping[str, Tensor], directory: Path, limit: int) -> None:
@@ -182,11 +208,18 @@ def build_language(config: OPTConfig | T5Config) -> OPT | T5:
     return OPT(config) if isinstance(config, OPTConfig) else T5(config)
 
 
-def _beside(lacking: Sequence[str], extra: Tensors | None) -> dict[str, Tensor]:
+def _beside(bridge: Bridge, lacking: Sequence[str], extra: Tensors | None) -> dict[str, Tensor]:
     """The temperature and the word head, from beside the checkpoint where we wrote it."""
     if extra is None:
+        assert set(lacking) <= {"heads.temperature"}  # without a word head nothing else has no place
         return dict.fromkeys(lacking, torch.tensor(TEMPERATURE))  # nothing that is computed from it is ever shown
     check((f"bridge.{name}" for name in lacking), extra.names(), EXTRA)
+    own = bridge.state_dict()
+    for name in lacking:
+        if extra.shape(f"bridge.{name}") != tuple(own[name].shape):
+            raise CheckpointError(
+                f"{EXTRA}: bridge.{name} is {list(extra.shape(f'bridge.{name}'))}, not {list(own[name].shape)}"
+            )
     return {name: extra.get(f"bridge.{name}") for name in lacking}
 
 
@@ -212,13 +245,21 @@ def _tokenizer(directory: Path, config: Blip2Config, values: Mapping[str, Any]) 
     return vocabulary.read(directory, bos=bos, pad=fill_id, stop_ids=tuple(stops), end=stops[0] if t5 else None)
 
 
+def _check_copies(tensors: Tensors, ignored: Collection[str], rules: Sequence[Rule], source: object) -> None:
+    """Refuse a head, or embeddings of one half, that differ from the embeddings which ours are tied to."""
+    words = next((rule.theirs[0] for rule in rules if "language.words.weight" in rule.ours), None)
+    for name in sorted(tensors.names() & set(ignored)):
+        if name.endswith("weight") and words is not None and not torch.equal(tensors.get(name), tensors.get(words)):
+            raise CheckpointError(f"{source}: {name} is not {words}, which this model computes with")
+
+
 def _identity(tensors: Tensors, config: Blip2Config) -> str:
-    """SHA-256 over the configuration, the names and sizes of all tensors, and what the queries start from."""
+    """SHA-256 over the configuration, and name, shape and some values of every tensor but the language model's."""
     digest = hashlib.sha256(repr(config).encode())
-    for name in sorted(tensors.names()):
-        digest.update(f"{name}{tensors.shape(name)}".encode())
-    for name in ("query_tokens", "qformer.layernorm.weight", "vision_model.post_layernorm.weight"):
-        digest.update(tensors.get(name).float().numpy().tobytes())
+    for name in sorted(name for name in tensors.names() if not name.startswith("language_model.")):
+        tensor = tensors.get(name).flatten()
+        some = tensor[:: max(1, len(tensor) // SAMPLED)]
+        digest.update(f"{name}{tensors.shape(name)}".encode() + some.float().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from blip2.config import (
     Blip2Config,
@@ -89,6 +92,15 @@ def config(values: Mapping[str, Any], source: object, names: Collection[str] = (
     Raises:
         CheckpointError: a model of another kind, or one that computes what ours do not.
     """
+    try:
+        found = _config(values, source, names)
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: cannot be understood: {error}") from None
+    _check(found, source, len(names))
+    return found
+
+
+def _config(values: Mapping[str, Any], source: object, names: Collection[str]) -> Blip2Config:
     if values.get("model_type") not in ("blip-2", "blip_2"):
         raise CheckpointError(f"{source}: model_type is {values.get('model_type')!r}, not 'blip-2'")
     vision, qformer = values.get("vision_config") or {}, values.get("qformer_config") or {}
@@ -98,7 +110,7 @@ def config(values: Mapping[str, Any], source: object, names: Collection[str] = (
     language = None if retrieves else _language(values.get("text_config") or {}, source, tied)
     text = {"text": retrieves, "vocab_size": qformer.get("vocab_size") or (30523 if retrieves else 30522)}
     shape: dict[str, Any] = {**_read(qformer, QFORMER), **text, "queries": values.get("num_query_tokens") or 32}
-    return Blip2Config(
+    made = Blip2Config(
         vision=VisionConfig(**_read(vision, VISION), key_bias=True),
         qformer=QFormerConfig(**shape, decoder_id=shape["vocab_size"] - 1),
         language=language,
@@ -108,6 +120,23 @@ def config(values: Mapping[str, Any], source: object, names: Collection[str] = (
         word_head=False,
         prompts=T5_PROMPTS if isinstance(language, T5Config) else OPT_PROMPTS,
     )
+    return TypeAdapter(Blip2Config).validate_python(dataclasses.asdict(made))  # dataclasses take any value
+
+
+def _check(config: Blip2Config, source: object, tensors: int) -> None:
+    """Refuse sizes that no checkpoint has, before a module of them is made."""
+    parts = {"vision_config": config.vision, "qformer_config": config.qformer, "text_config": config.language}
+    for key, part in parts.items():
+        if part is None or isinstance(part, PartConfig):
+            continue
+        numbers = {name: value for name, value in dataclasses.asdict(part).items() if type(value) is int}
+        low = [name for name, value in numbers.items() if value < (0 if name.endswith("_id") else 1)]
+        if low:
+            raise CheckpointError(f"{source}: {key}: our {low[0]} would be {numbers[low[0]]}")
+        if tensors and part.layers > tensors:
+            raise CheckpointError(f"{source}: {key}: {part.layers} layers, and the checkpoint has {tensors} tensors")
+        if not isinstance(part, T5Config) and part.width % part.heads:
+            raise CheckpointError(f"{source}: {key}: {part.heads} heads cannot share a width of {part.width}")
 
 
 def _language(values: Mapping[str, Any], source: object, tied: bool) -> LanguageConfig:
@@ -143,7 +172,9 @@ def _refuse_others(values: Mapping[str, Any], fixed: Mapping[str, Any], where: s
             raise CheckpointError(f"{where}: {key} is {values[key]!r}, only {only!r} is known")
 
 
-def values(config: Blip2Config, *, stop_ids: Collection[int] = (), pad_id: int = 1) -> dict[str, Any]:
+def values(
+    config: Blip2Config, *, stop_ids: Collection[int] = (), pad_id: int = 1, dtype: str = "float32"
+) -> dict[str, Any]:
     """What transformers writes into `config.json` for a configuration of ours; `config` reads it back.
 
     Raises:
@@ -165,7 +196,7 @@ def values(config: Blip2Config, *, stop_ids: Collection[int] = (), pad_id: int =
         "qformer_config": {"model_type": "blip_2_qformer", "hidden_act": "gelu", **_write(config.qformer, QFORMER)},
         "num_query_tokens": config.qformer.queries,
         "image_text_hidden_size": config.embedding_width,
-        "torch_dtype": "float32",
+        "dtype": dtype,
     }
     if isinstance(language, OPTConfig):
         text = {"model_type": "opt", "word_embed_proj_dim": language.width, **_write(language, OPT), **FIXED["opt"]}
