@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from blip2.weights import transformers as transformers_format
 from blip2.weights.convert import convert
 from blip2.weights.maps import lavis as maps
 from blip2.weights.maps import transformers as transformers_maps
-from blip2.weights.rules import for_layers, to_theirs
+from blip2.weights.rules import for_layers, to_theirs, within
 from blip2.weights.transformers import build_language
 
 PHOTO = Path(__file__).parents[2] / "docs" / "cat.jpg"
@@ -151,6 +152,50 @@ def test_names_and_shapes_are_those_of_the_published_files(preset: str):
     theirs = to_theirs(maps.trained(config), state, preset)
     assert {name: tuple(theirs[name].shape) for name in FACTS[preset]} == FACTS[preset]
     assert not any(".1.crossattention" in name for name in theirs)
+
+
+# LAVIS's names of what transformers calls otherwise, as transformers' own conversion script and users' threads tell.
+FROM_TRANSFORMERS = [
+    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"visual_encoder.blocks.\1.norm\2."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"visual_encoder.blocks.\1.attn.proj."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.", r"visual_encoder.blocks.\1.attn.qkv."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"visual_encoder.blocks.\1.mlp."),
+    (r"^vision_model\.post_layernorm\.", "ln_vision."),
+    (r"^qformer\.layernorm\.", "Qformer.bert.embeddings.LayerNorm."),
+    (r"^qformer\.(.*attention)\.attention\.", r"Qformer.bert.\1.self."),
+    (r"^qformer\.", "Qformer.bert."),
+    (r"^language_projection\.", "opt_proj."),
+]
+
+
+def test_every_name_and_shape_is_transformers_own_under_lavis_s_name():
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        hers = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(text_config={"model_type": "opt"}))
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, tensor in hers.state_dict().items():
+        if name.startswith("language_model."):
+            continue
+        for pattern, lavis_name in FROM_TRANSFORMERS:
+            name, changed = re.subn(pattern, lavis_name, name)
+            if changed:
+                break
+        if name.endswith("attn.qkv.bias"):  # one there, two here
+            width = len(tensor) // 3
+            expected |= {name.replace("qkv.bias", f"{part}_bias"): (width,) for part in "qv"}
+        else:
+            expected[name] = tuple(tensor.shape)
+    config = PRESETS["caption_coco_opt2.7b"].replace(vision=PRESETS["pretrain"].vision, language=OPTConfig(width=768))
+    assert isinstance(config.vision, VisionConfig)
+    with torch.device("meta"):
+        parts = {"bridge": Bridge(config), "vision": VisionTransformer(config.vision)}
+        state = {f"{key}.{name}": t for key, part in parts.items() for name, t in part.state_dict().items()}
+        rules = maps.trained(config) + within(maps.vision(config.vision), theirs="visual_encoder.")
+        found = to_theirs(rules, state, "test")
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "mini"])

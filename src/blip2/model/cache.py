@@ -1,4 +1,4 @@
-"""What a decoder has read: prompts, which are never copied, and the tokens since.
+"""What a decoder has read: prompts, which are not copied for a row, and the tokens since.
 
 The keys and values of a prompt are computed once and stay where they are: beams, samples and texts that follow the same
 prompt are rows that point at it. Only the few tokens that a row wrote itself are its own, and move when rows do.
@@ -38,9 +38,15 @@ class Cache:
 
     def select(self, rows: Tensor) -> Cache:
         """The rows in a new order, int64[N], some perhaps many times or not at all."""
-        chosen = Cache(self.lengths)
-        chosen.owners, chosen.steps = self.owners[rows], self.steps
-        chosen._prompts = self._prompts
+        owners, left = self.owners[rows], self.lengths
+        prompts = self._prompts
+        used = owners.unique()
+        if 2 * len(used) <= len(left):  # most prompts have no rows any more: the rest is worth a copy
+            prompts = [(key[used], value[used]) for key, value in prompts]
+            owners, left = torch.searchsorted(used, owners), left[used]
+        chosen = Cache(left)
+        chosen.owners, chosen.steps = owners, self.steps
+        chosen._prompts = prompts
         chosen._own = [(_moved(key, rows, self.steps), _moved(value, rows, self.steps)) for key, value in self._own]
         return chosen
 

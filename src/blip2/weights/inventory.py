@@ -14,15 +14,12 @@ from blip2.config import (
     PRESETS,
     Blip2Config,
     LanguageConfig,
-    OPTConfig,
     PartConfig,
     VisionConfig,
     read_config,
 )
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
-from blip2.model.opt import OPT
-from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.weights import transformers
 from blip2.weights.assemble import model_directory
@@ -110,7 +107,7 @@ def _frozen(role: str, config: PartConfig) -> Part:
 
 def _published(config: LanguageConfig) -> Part:
     with skeleton():
-        count = _parameters(OPT(config) if isinstance(config, OPTConfig) else T5(config))
+        count = _parameters(transformers.build_language(config))
     return Part("language model", _LANGUAGE.get(config, config.kind), count, False, _LICENCE[config.kind])
 
 

@@ -104,9 +104,7 @@ def save(model: Blip2, path: Path, *, vision: bool = False) -> None:
     """
     config = model.config
     if not isinstance(config.vision, VisionConfig) or config.qformer.text_pooling != "cls":
-        raise CheckpointError(
-            "LAVIS's format holds models with a ViT and a BERT-like text side; save in our own format"
-        )
+        raise CheckpointError("LAVIS's format holds models with a ViT and a BERT's text side, no frozen parts by name")
     if config.heads and not config.word_head:
         raise CheckpointError("LAVIS's stage-1 format holds a word head (ITG), which this model came without")
     rules = maps.trained(config)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from blip2.blip2 import Blip2
 from blip2.errors import CheckpointError
@@ -59,14 +58,7 @@ def save(model: Blip2, directory: Path) -> None:
     if tokenizer is None:
         raise CheckpointError("PaddleNLP's format holds models that write, not those that match")
     values = keys.values(model.config, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad)
-    parts = {"vision": model.encoder, "bridge": model.bridge, "language": model.language}
-    state = {
-        f"{key}.{name}": tensor
-        for key, part in parts.items()
-        if isinstance(part, nn.Module)
-        for name, tensor in part.state_dict().items()
-    }
-    theirs = to_theirs(maps.blip2(model.config), state, "this model")
+    theirs = to_theirs(maps.blip2(model.config), transformers.tensors_of(model), "this model")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         pdparams.write(theirs, directory / FILE)

@@ -133,13 +133,7 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
         else "float32"
     )
     values = keys.values(model.config, stop_ids=stops, pad_id=tokenizer.pad if tokenizer else 0, dtype=kind)
-    parts = {"vision": model.encoder, "bridge": model.bridge, "language": model.language}
-    state = {
-        f"{key}.{name}": tensor
-        for key, part in parts.items()
-        if isinstance(part, nn.Module)
-        for name, tensor in part.state_dict().items()
-    }
+    state = tensors_of(model)
     rules = maps.blip2(model.config)
     ours = {name for rule in rules for name in rule.ours}
     extra = {name: tensor for name, tensor in state.items() if name not in ours}
@@ -158,6 +152,17 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
             partial.write_text(json.dumps(values, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: the model cannot be written: {error}; free some space") from error
+
+
+def tensors_of(model: Blip2) -> dict[str, Tensor]:
+    """Everything that a model computes with, under our names."""
+    parts = {"vision": model.encoder, "bridge": model.bridge, "language": model.language}
+    return {
+        f"{key}.{name}": tensor
+        for key, part in parts.items()
+        if isinstance(part, nn.Module)
+        for name, tensor in part.state_dict().items()
+    }
 
 
 def _write_ends(path: Path, text: Mapping[str, Any] | None) -> None:

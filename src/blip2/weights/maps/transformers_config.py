@@ -182,9 +182,11 @@ def values(
     """
     vision, language = config.vision, config.language
     if not isinstance(vision, VisionConfig) or vision.pre_norm or not vision.patch_bias:
-        raise CheckpointError("transformers' BLIP-2 holds the EVA ViT-g layout only: save this model in our own format")
+        raise CheckpointError("transformers' BLIP-2 holds the EVA ViT-g layout only; LAVIS's format holds both")
     if isinstance(language, PartConfig) or (language is None and not config.heads):
-        raise CheckpointError("transformers' BLIP-2 holds OPT and T5, or a retrieval model: save in our own format")
+        raise CheckpointError(
+            "transformers' BLIP-2 holds OPT and T5, or a retrieval model; frozen parts by name have no place in it"
+        )
     if language is not None and config.heads:
         raise CheckpointError("transformers' BLIP-2 holds a model that writes or one that matches, not both in one")
     if config.qformer.text_pooling != "cls":
