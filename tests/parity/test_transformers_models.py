@@ -23,6 +23,7 @@ from blip2.decoding import Decoding
 from blip2.errors import CheckpointError
 from blip2.model.bridge import Bridge
 from blip2.weights import transformers as format
+from blip2.weights import verify
 
 transformers = pytest.importorskip("transformers")
 
@@ -282,6 +283,27 @@ def test_what_cannot_be_loaded_is_named(change: str, message: str, tmp_path: Pat
     damaged(theirs, tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         blip2.load(tmp_path, device="cpu", dtype="float32")
+
+
+def test_verify_finds_both_alike_and_says_where_they_are_not(
+    pair: tuple[Any, Blip2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save(pair[0], tmp_path)
+    photo = Path(__file__).parents[2] / "docs" / "cat.jpg"
+    lines = verify.verify(str(tmp_path), [photo], ["", "w5 w9"])
+    assert [line.what for line in lines if not line.equal] == []
+    assert {"patches", "first logits after 'w5 w9'", "5 beams after ''"} <= {line.what for line in lines}
+
+    build = format.build_language
+    monkeypatch.setattr(format, "build_language", lambda config: shifted(build(config)))
+    wrong = [line.what for line in verify.verify(str(tmp_path), [photo], ["w5"]) if not line.equal]
+    assert wrong[0] == "first logits after 'w5'"
+
+
+def shifted(model: Any) -> Any:
+    logits = model.logits
+    model.logits = lambda hidden, vocabulary=None: logits(hidden, vocabulary).roll(1, -1)
+    return model
 
 
 def same_model(one: Blip2, other: Blip2) -> None:
