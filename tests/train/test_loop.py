@@ -87,6 +87,14 @@ def test_another_recipe_in_the_folder_is_an_error_that_names_the_key(shapes: Pat
     assert len(metrics(tmp_path / "run")) == 2
 
 
+def test_checkpoints_without_their_recipe_are_not_gone_on_from(shapes: Path, tmp_path: Path):
+    run(shapes, tmp_path / "out", steps=2)
+    (tmp_path / "out" / "recipe.yaml").unlink()
+    with pytest.raises(ConfigError, match="holds checkpoints without the recipe"):
+        run(shapes, tmp_path / "out", steps=2)
+    run(shapes, tmp_path / "out", steps=2, resume=False)
+
+
 def test_a_second_run_in_the_folder_is_refused_while_the_first_is_there(shapes: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     with (

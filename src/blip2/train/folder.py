@@ -108,7 +108,12 @@ def _prepare(folder: Folder, recipe: Recipe) -> None:
         for name in _MADE:
             place = folder.path / name
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-    elif folder.recipe.is_file() and checkpoint.latest(folder.checkpoints):
+    elif checkpoint.latest(folder.checkpoints):
+        if not folder.recipe.is_file():
+            raise ConfigError(
+                f"{folder.path} holds checkpoints without the recipe that they were trained by; choose another `output`, "
+                "or start over with resume=false"
+            )
         changed = differences(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")), values)
         if changed:
             raise ConfigError(
