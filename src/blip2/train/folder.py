@@ -111,7 +111,7 @@ def _prepare(folder: Folder, recipe: Recipe) -> None:
     elif checkpoint.latest(folder.checkpoints):
         if not folder.recipe.is_file():
             raise ConfigError(
-                f"{folder.path} holds checkpoints without the recipe that they were trained by; choose another `output`, "
+                f"{folder.path} holds checkpoints without the recipe of their run; choose another `output`, "
                 "or start over with resume=false"
             )
         changed = differences(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")), values)
