@@ -6,31 +6,10 @@ Ours begin with `vision.` and `bridge.`; a LAVIS file holds neither a language m
 from __future__ import annotations
 
 from blip2.config import Blip2Config, LanguageConfig, QFormerConfig, VisionConfig
+from blip2.weights.maps.transformers import QFORMER_CROSS, QFORMER_LAYER, QFORMER_TEXT
 from blip2.weights.rules import Copied, Leading, NoKeyBias, Rule, for_layers, same, weights_and_biases, within
 
 _BERT = "Qformer.bert"
-_LAYER = {
-    "attention.query": "attention.self.query",
-    "attention.key": "attention.self.key",
-    "attention.value": "attention.self.value",
-    "attention.out": "attention.output.dense",
-    "attention.norm": "attention.output.LayerNorm",
-    "query_feed_forward.up": "intermediate_query.dense",
-    "query_feed_forward.down": "output_query.dense",
-    "query_feed_forward.norm": "output_query.LayerNorm",
-}
-_CROSS = {
-    "cross_attention.query": "crossattention.self.query",
-    "cross_attention.key": "crossattention.self.key",
-    "cross_attention.value": "crossattention.self.value",
-    "cross_attention.out": "crossattention.output.dense",
-    "cross_attention.norm": "crossattention.output.LayerNorm",
-}
-_TEXT = {
-    "text_feed_forward.up": "intermediate.dense",
-    "text_feed_forward.down": "output.dense",
-    "text_feed_forward.norm": "output.LayerNorm",
-}
 BESIDE = (f"{_BERT}.embeddings.position_ids",)  # a buffer that older files hold
 
 
@@ -64,15 +43,17 @@ def _qformer(config: QFormerConfig) -> list[Rule]:
     layers, crossing = range(config.layers), range(0, config.layers, config.cross_attention_every)
     rules = same({"bridge.qformer.query_tokens": "query_tokens"})
     rules += weights_and_biases({"bridge.qformer.norm": f"{_BERT}.embeddings.LayerNorm"})
-    rules += for_layers(_of_layer(_LAYER), layers) + for_layers(_of_layer(_CROSS), crossing)
+    rules += for_layers(_of_layer(QFORMER_LAYER), layers) + for_layers(_of_layer(QFORMER_CROSS), crossing)
     if config.text:
-        rules += for_layers(_of_layer(_TEXT), layers)
+        rules += for_layers(_of_layer(QFORMER_TEXT), layers)
         rules += same({"bridge.qformer.positions.weight": f"{_BERT}.embeddings.position_embeddings.weight"})
     return rules
 
 
 def _of_layer(pairs: dict[str, str]) -> list[Rule]:
-    return within(weights_and_biases(pairs), "bridge.qformer.layers.*.", f"{_BERT}.encoder.layer.*.")
+    """transformers' names of a layer, but for one word."""
+    renamed = {ours: theirs.replace("attention.attention", "attention.self") for ours, theirs in pairs.items()}
+    return within(weights_and_biases(renamed), "bridge.qformer.layers.*.", f"{_BERT}.encoder.layer.*.")
 
 
 def vision(config: VisionConfig) -> list[Rule]:

@@ -156,7 +156,7 @@ def vision(config: VisionConfig) -> list[Rule]:
     return for_layers(rules, range(config.layers))
 
 
-_QFORMER_LAYER = {
+QFORMER_LAYER = {
     "attention.query": "attention.attention.query",
     "attention.key": "attention.attention.key",
     "attention.value": "attention.attention.value",
@@ -166,14 +166,14 @@ _QFORMER_LAYER = {
     "query_feed_forward.down": "output_query.dense",
     "query_feed_forward.norm": "output_query.LayerNorm",
 }
-_QFORMER_CROSS = {
+QFORMER_CROSS = {
     "cross_attention.query": "crossattention.attention.query",
     "cross_attention.key": "crossattention.attention.key",
     "cross_attention.value": "crossattention.attention.value",
     "cross_attention.out": "crossattention.output.dense",
     "cross_attention.norm": "crossattention.output.LayerNorm",
 }
-_QFORMER_TEXT = {
+QFORMER_TEXT = {
     "text_feed_forward.up": "intermediate.dense",
     "text_feed_forward.down": "output.dense",
     "text_feed_forward.norm": "output.LayerNorm",
@@ -185,9 +185,9 @@ def qformer(config: QFormerConfig) -> list[Rule]:
     layers, crossing = range(config.layers), range(0, config.layers, config.cross_attention_every)
     rules = same({"bridge.qformer.query_tokens": "query_tokens"})
     rules += weights_and_biases({"bridge.qformer.norm": "qformer.layernorm"})
-    rules += for_layers(_of_layer(_QFORMER_LAYER), layers) + for_layers(_of_layer(_QFORMER_CROSS), crossing)
+    rules += for_layers(_of_layer(QFORMER_LAYER), layers) + for_layers(_of_layer(QFORMER_CROSS), crossing)
     if config.text:
-        rules += for_layers(_of_layer(_QFORMER_TEXT), layers)
+        rules += for_layers(_of_layer(QFORMER_TEXT), layers)
         words = {"words": "word_embeddings", "positions": "position_embeddings"}
         rules += same(
             {f"bridge.qformer.{ours}.weight": f"embeddings.{theirs}.weight" for ours, theirs in words.items()}
