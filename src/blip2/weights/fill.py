@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
-from blip2.weights.rules import SHOWN, Rule, check
+from blip2.weights.rules import Rule, check, listed
 from blip2.weights.tensors import Tensors
 
 Progress = Callable[[int, int], None]
@@ -91,5 +91,4 @@ def _check_shapes(rules: Sequence[Rule], tensors: Tensors, wanted: Mapping[str, 
             if tensor.shape != wanted[name].shape:
                 wrong.append(f"{names} is {list(tensor.shape)}, the configuration wants {list(wanted[name].shape)}")
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise CheckpointError(f"{source}: {'; '.join(wrong[:SHOWN])}{more}")
+        raise CheckpointError(f"{source}: {listed(wrong)}")

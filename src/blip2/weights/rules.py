@@ -251,5 +251,10 @@ def check(needed: Iterable[str], found: Iterable[str], source: object) -> None:
     wrong = [f"missing {name}" for name in sorted(needed - found)]
     wrong += [f"unexpected {name}" for name in sorted(found - needed)]
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise CheckpointError(f"{source}: {'; '.join(wrong[:SHOWN])}{more}")
+        raise CheckpointError(f"{source}: {listed(wrong)}")
+
+
+def listed(wrong: Sequence[str]) -> str:
+    """What is wrong in one line, the first of it where there is much."""
+    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    return f"{'; '.join(wrong[:SHOWN])}{more}"
