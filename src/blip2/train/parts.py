@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from blip2 import image, weights
 from blip2.config import Blip2Config, LanguageConfig, PartConfig, VisionConfig
+from blip2.data import sources
+from blip2.data.sources import Prototype, Sample
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer, plain
-from blip2.train import sources
 from blip2.train.data import Batches, Images, Mixture, Pixels, Texts
 from blip2.train.distributed import World
 from blip2.train.features import FeatureCache, PrototypeFeatures
 from blip2.train.log import now_and_then, say
 from blip2.train.objectives import LOSSES, Batch, Stage1, Stage2
 from blip2.train.recipe import Recipe, Source
-from blip2.train.sources import Prototype, Sample
 from blip2.train.start import model_config, start_bridge
 from blip2.train.validation import Validation
 

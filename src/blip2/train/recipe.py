@@ -66,7 +66,7 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """One data set; `blip2.train.sources.read` says what the formats are.
+    """One data set; `blip2.data.sources.read` says what the formats are.
 
     Attributes:
         weight: its share of every batch, relative to the other sources.
