@@ -76,7 +76,7 @@ class Blip2:
         parts: list[ImageFeatures] = []
         for start in range(0, len(items), batch_size):
             pixels = transform([image.open(item) for item in items[start : start + batch_size]])
-            parts.append(self._features(pixels))
+            parts.append(self.features(pixels))
         return ImageFeatures.concatenate(parts)
 
     def embed_images(self, images: Images) -> Tensor:
@@ -154,7 +154,7 @@ class Blip2:
             if stream or options:
                 named = "stream" if stream else next(iter(options))
                 raise ConfigError(f"{named!r} does not go with choices: they are ranked, not written")
-            ranked = self._rank(features, prompts, choices)
+            ranked = self.rank(features, prompts, choices)
             return _unwrap(ranked if details else [ranking.best for ranking in ranked], single)
         if stream:
             return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details)
@@ -196,7 +196,14 @@ class Blip2:
 
     # -- within ----------------------------------------------------------------------------------------------------
 
-    def _features(self, pixels: Tensor) -> ImageFeatures:
+    def features(self, pixels: Tensor) -> ImageFeatures:
+        """What `encode` gives, of pixels that are transformed already; with gradient to the bridge where it is on.
+
+        Args:
+            pixels: float[N, 3, S, S], normalised with the encoder's mean and std, S its image size.
+        Raises:
+            ImageError: of another size.
+        """
         patches = self.encoder(pixels.to(self.device, self.dtype)).float()  # (N, P, Dv)
         hidden = self.bridge.look(self.bridge.see(patches)).hidden  # (N, Q, D)
         vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0]
@@ -271,7 +278,12 @@ class Blip2:
         return generate.pieces((ids[0] for ids in steps if ids[0] is not None), tokenizer.decode)
 
     @torch.inference_mode()
-    def _rank(self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str]) -> list[Ranking]:
+    def rank(self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str]) -> list[Ranking]:
+        """Given answers after one prompt an image, in the words that the language model is given.
+
+        Raises:
+            PromptError: fewer than two choices, or an empty one.
+        """
         if len(choices) < 2 or not all(choice.strip() for choice in choices):
             raise PromptError("give at least two choices, none of them empty")
         language, tokenizer = self.writer()
