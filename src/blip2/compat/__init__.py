@@ -1,1 +1,4 @@
-"""The names that people already type, each a thin face over `blip2.Blip2`."""
+"""The names that people already type for transformers, LAVIS and PaddleNLP: thin faces over blip2's own parts.
+
+Nothing in the package imports this.
+"""
