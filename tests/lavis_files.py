@@ -55,6 +55,7 @@ def write(config: Blip2Config, place: Path, *, fine_tuned: bool = False) -> dict
     torch.save({"model": state, **training}, place / "blip2.pth")
     table = {word: number for number, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *map(str, range(36))])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     for name in ("bert-base-uncased", "language"):
         (place / name).mkdir()
         words.save(str(place / name / "tokenizer.json"))

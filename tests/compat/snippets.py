@@ -17,7 +17,17 @@ SEEDS = Path(__file__).parent / "seeds"
 PICTURE = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/demo.jpg"
 
 # What does not run as it stands: file, the document's line, ours. An empty line of the document is a line added.
-REPAIRS: dict[str, list[tuple[str, str]]] = {}
+_RAW_IMAGE = ("", 'raw_image = Image.open("photo.jpg").convert("RGB")')  # used, and never made
+REPAIRS: dict[str, list[tuple[str, str]]] = {
+    "004_lavis_features": [_RAW_IMAGE],
+    "004_lavis_matching": [_RAW_IMAGE],
+    "004_lavis_search": [
+        (
+            'engine.index_images(["img1.jpg", "img2.jpg", "img3.jpg", ...])',
+            'engine.index_images(["img1.jpg", "img2.jpg", "img3.jpg"])',
+        )
+    ],
+}
 
 # Import lines, which is what a person changes.
 IMPORTS = {
@@ -28,6 +38,9 @@ IMPORTS = {
 
 # Snippets that go on where another ended.
 AFTER = {
+    "004_lavis_features": "004_lavis_caption",
+    "004_lavis_matching": "004_lavis_caption",
+    "004_lavis_output": "004_lavis_features",
     "004_transformers_question": "004_transformers_caption",
     "004_transformers_batch": "004_transformers_caption",
     "004_transformers_control": "004_transformers_batch",
@@ -56,11 +69,6 @@ def blocks(document: str) -> list[list[str]]:
     """The snippets of a document, `000`, `003` or `004`, as lines."""
     text = (SEEDS / f"{document}.txt").read_text(encoding="utf-8")
     return [lines(block) for block in text.split("\n\n")]
-
-
-def of_lavis(block: list[str]) -> bool:
-    """Whether a snippet is one of LAVIS's, or goes on from one."""
-    return any("lavis" in line or "extract_features" in line for line in block)
 
 
 def unrepaired(name: str) -> list[str]:
