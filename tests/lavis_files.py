@@ -25,7 +25,7 @@ QFORMER = QFormerConfig(
     sep_id=2, decoder_id=39,
 )  # fmt: skip
 WRITES = dataclasses.replace(QFORMER, text=False)
-OPT = OPTConfig(width=16, layers=2, heads=2, mlp_width=24, vocab_size=40, context=64)
+OPT = OPTConfig(width=16, layers=2, heads=2, mlp_width=24, context=64)  # the whole vocabulary: 50118 ends its texts
 T5 = T5Config(width=16, layers=2, heads=2, head_width=8, mlp_width=24, vocab_size=40)
 CONFIGS = {
     "stage 1": Blip2Config(vision=EVA, qformer=QFORMER, embedding_width=8),

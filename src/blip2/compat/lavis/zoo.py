@@ -110,11 +110,12 @@ def weights(entry: Published) -> str:
 
 
 def language_of(entry: Published, file: Path, offline: bool) -> Path | None:
-    """The directory of the frozen language model where it does not lie beside LAVIS's file: in the hub's cache.
+    """The directory of the frozen language model: beside LAVIS's file, else in the hub's cache; None without one.
 
     Raises:
         CheckpointError: it is not there, and cannot be downloaded.
     """
-    if entry.language is None or (file.parent / entry.language.partition("/")[2]).exists():
+    if entry.language is None:
         return None
-    return hub.download(entry.language, offline=offline)
+    beside = file.parent / entry.language.partition("/")[2]
+    return beside if beside.exists() else hub.download(entry.language, offline=offline)
