@@ -43,7 +43,8 @@ def tokenizer(kind: str) -> Any:
             (word, -3.0) for word in ["\N{LOWER ONE EIGHTH BLOCK}", *letters]
         ]
         return transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
-    words = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)]
+    special = ["[PAD]", *(f"[unused{number}]" for number in range(99)), "[UNK]", "[CLS]", "[SEP]"]  # at BERT's places
+    words = [*special, *letters, *(f"##{letter}" for letter in letters)]
     return transformers.BertTokenizer(vocab={word: number for number, word in enumerate(words)})
 
 
