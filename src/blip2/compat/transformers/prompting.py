@@ -27,7 +27,7 @@ class Prompt:
     Attributes:
         embeds: float[B, S, D].
         mask: bool[B, S], False where a position is padding, wherever in the row that is.
-        ids: int64[B, S], None where embeddings were given.
+        ids: int64[B, S], None where embeddings were given; of an older model without the queries before them.
     """
 
     embeds: Tensor
@@ -43,9 +43,10 @@ class Prompt:
         """The real ids of each row, int64[B, S], those of short rows after copies of their first; None without ids."""
         if self.ids is None:
             return None
-        order = self.mask.long().argsort(dim=1, stable=True)  # padding first
-        first = self.ids.gather(1, self.mask.long().argmax(1, keepdim=True))
-        return torch.where(self.mask.gather(1, order), self.ids.gather(1, order), first)
+        mask = self.mask[:, -self.ids.shape[1] :]  # an older model's queries have no ids
+        order = mask.long().argsort(dim=1, stable=True)  # padding first
+        first = self.ids.gather(1, mask.long().argmax(1, keepdim=True))
+        return torch.where(mask.gather(1, order), self.ids.gather(1, order), first)
 
 
 def build(

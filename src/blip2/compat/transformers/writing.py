@@ -218,7 +218,7 @@ class Blip2ForConditionalGeneration(Writing):
             _values(generation_config),
             self.generation_config.to_dict(),
             {name: getattr(self.config.text_config, name, None) for name in ("eos_token_id", "pad_token_id")},
-            begun=1 if writes_alone else prompt.embeds.shape[1],
+            begun=1 if writes_alone else (prompt.embeds if prompt.ids is None else prompt.ids).shape[1],
             room=language.context - int(lengths.max()),
         )
         said = None if writes_alone else prompt.said()
