@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from published import COMMIT, picture
 
 from blip2.compat.lavis import models, zoo
 from blip2.config import PRESETS, Blip2Config
 from blip2.errors import CheckpointError, ConfigError
 from blip2.weights import lavis
 from blip2.weights.convert import convert
-from conftest import COMMIT, picture
 from lavis_files import CONFIGS, write
 
 TYPES = {

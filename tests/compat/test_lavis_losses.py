@@ -92,7 +92,7 @@ def test_the_losses_of_stage_1_are_those_of_training(written_stage_1: Any):
         expected = Stage1(model.bridge)(batch, seed=int(torch.randint(2**62, ())))
     torch.testing.assert_close([found.loss_itc, found.loss_itm, found.loss_lm], [*expected.values()])
     torch.testing.assert_close(found.loss, sum(expected.values()))
-    assert found.keys() == ["loss", "loss_itc", "loss_itm", "loss_lm"]
+    assert [*found] == ["loss", "loss_itc", "loss_itm", "loss_lm"]
     found.loss.backward()
     assert model.bridge.heads.itm_head.weight.grad.abs().sum() > 0
     same = model({**samples, "image_id": torch.tensor([7, 7, 7])})

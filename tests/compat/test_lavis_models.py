@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from published import picture
 from tiny_lavis import CALLS, CLOSE, PROMPT, TEXTS, images, load, theirs_of, transformers
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from blip2.blip2 import Blip2
 from blip2.compat.lavis import models
 from blip2.decoding import Decoding
 from blip2.errors import ConfigError, ImageError, PromptError
-from conftest import picture
 
 
 @pytest.fixture(scope="module", params=CALLS)
@@ -189,7 +189,7 @@ def test_features_are_those_of_transformers_in_lavis_s_shapes(extractor: tuple[A
     torch.testing.assert_close(found.image_embeds, looked.last_hidden_state, **CLOSE)
     vectors = F.normalize(reference.vision_projection(looked.last_hidden_state), dim=-1)
     torch.testing.assert_close(found.image_embeds_proj, vectors, **CLOSE)
-    assert found.keys() == ["image_embeds", "image_embeds_proj"]
+    assert [*found] == ["image_embeds", "image_embeds_proj"]
 
     text = tokenizer(TEXTS, return_tensors="pt", padding=True)
     other = transformers.Blip2TextModelWithProjection.from_pretrained(folders["itm"]).eval()
@@ -207,7 +207,7 @@ def test_multimodal_features_are_what_the_matching_head_reads(extractor: tuple[A
     samples = {"image": pixels, "text_input": [*TEXTS, "a red cat, far away"]}
     found = model.extract_features(samples)
     assert found.multimodal_embeds.shape == (3, 4, 16)
-    assert found.keys() == ["multimodal_embeds"]
+    assert [*found] == ["multimodal_embeds"]
     logits = model.bridge.heads.itm_head(found.multimodal_embeds).mean(1)
     torch.testing.assert_close(logits, matcher[0](samples), **CLOSE)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from published import picture
 from torch import Tensor
 
 from blip2.compat.lavis import models
-from conftest import picture
 
 transformers = pytest.importorskip("transformers")
 

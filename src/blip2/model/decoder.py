@@ -87,7 +87,7 @@ class Decoder(Language, ABC):
         return chosen_log_probs(hidden, targets, vocabulary, self.vocab_size, lambda x: self.logits(x, vocabulary))
 
     def read(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
-        """Hidden states float[B, S, D] of a right-padded prefix, each what the next token is predicted from; its cache."""
+        """Hidden states float[B, S, D] of a right-padded prefix, what each next token comes from; and its cache."""
         cache = Cache(lengths)
         positions = torch.arange(prefix.shape[1], device=prefix.device).expand(len(prefix), -1)
         return self.hidden(prefix.to(self.words.weight.dtype), positions, cache.read), cache

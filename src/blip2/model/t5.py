@@ -90,7 +90,10 @@ class T5(Language):
 
     def read(self, prefix: Tensor, lengths: Tensor) -> Cache:
         """The encoder, and what the decoder's layers will see of its output; arguments as `encode`."""
-        encoded = self.encode(prefix, lengths)
+        return self.remember(self.encode(prefix, lengths), lengths)
+
+    def remember(self, encoded: Tensor, lengths: Tensor) -> Cache:
+        """What the decoder's layers will see of an encoder's output, float[P, S, D]."""
         cache = Cache(lengths)
         for layer in cast("list[DecoderLayer]", self.decoder):
             cache.keep(*layer.keys_values(encoded))

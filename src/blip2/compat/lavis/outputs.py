@@ -1,39 +1,16 @@
-"""What LAVIS's models give: values with names, which can also be taken by name or position."""
+"""What LAVIS's models give: as in transformers, taken by attribute, by name or by position."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-
-class _Named:
-    """`output.name`, `output["name"]` and `output[0]`; what is None has no position and is no key."""
-
-    def keys(self) -> list[str]:
-        """Names of what is there, in order."""
-        assert dataclasses.is_dataclass(self)
-        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if key not in self.keys():
-                raise KeyError(key)
-            return getattr(self, key)
-        return tuple(getattr(self, name) for name in self.keys())[key]
+from blip2.compat.transformers.outputs import ModelOutput
 
 
 @dataclass(frozen=True)
-class BlipOutputFeatures(_Named):
+class BlipOutputFeatures(ModelOutput):
     """Features of images, texts or both. Letters: B rows, Q queries, T tokens, D width, E image-text space.
 
     Attributes:
@@ -52,7 +29,7 @@ class BlipOutputFeatures(_Named):
 
 
 @dataclass(frozen=True)
-class BlipOutput(_Named):
+class BlipOutput(ModelOutput):
     """Losses, float32 scalars: the sum, and each."""
 
     loss: Tensor | None = None
