@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from published import COMMIT, picture
 
 from blip2.compat.lavis import models, zoo
@@ -79,17 +80,27 @@ def test_a_file_is_named_with_its_parts(written: Writer, tmp_path: Path):
     assert model.core.config == CONFIGS["opt"]
 
 
-def test_the_language_model_is_found_in_the_hub_s_cache(written: Writer, hub: Path):
-    file = written("opt")
-    place = hub / "models--facebook--opt-2.7b"
+@pytest.mark.parametrize(
+    ("key", "folder", "name"),
+    [("opt", "opt-2.7b", "models--facebook--opt-2.7b"), ("stage 1", "bert-base-uncased", "models--bert-base-uncased")],
+)
+def test_what_lavis_has_from_the_hub_is_found_in_its_cache(
+    written: Writer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, folder: str, name: str
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    file = written(key)
+    place = tmp_path / "cache" / name
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text(COMMIT)
     (place / "snapshots").mkdir()
-    (file.parent / "opt-2.7b").rename(place / "snapshots" / COMMIT)
-    assert models.load_model(*TYPES["opt"], True).core.config == CONFIGS["opt"]
+    kept = (file.parent / folder).rename(place / "snapshots" / COMMIT)
+    if key == "stage 1":
+        (kept / "model.safetensors").write_bytes(b"BERT's own weights, which nothing reads")
+    assert models.load_model(*TYPES[key], True).core.config == CONFIGS[key]
     (place / "refs" / "main").unlink()
-    with pytest.raises(CheckpointError, match=r"facebook/opt-2\.7b: not in the cache"):
-        models.load_model(*TYPES["opt"], offline=True)
+    with pytest.raises(CheckpointError, match="not in the cache, and the hub cannot be asked"):
+        models.load_model(*TYPES[key], offline=True)
 
 
 @pytest.mark.usefixtures("hub", "torch_hub")

@@ -51,8 +51,8 @@ def load_model(
         is_eval: without it the Q-Former drops out, as in LAVIS: for training.
         checkpoint: LAVIS's `.pth`, or whatever else `blip2.load` takes. Where None, LAVIS's own file in torch hub's
             folder of checkpoints, else the repository with the same weights on the Hugging Face hub.
-        parts: of a `.pth`: where its frozen parts are, see `blip2.load`. The language model is looked for on the hub
-            too.
+        parts: of a `.pth`: where its frozen parts are, see `blip2.load`. The language model and BERT's tokenizer are
+            looked for on the hub too, where LAVIS has them from.
         dtype: of the frozen parts, see `blip2.load`.
         offline: ask no hub, take what its cache has.
     Returns:
@@ -65,10 +65,7 @@ def load_model(
     source = str(checkpoint or zoo.weights(entry))
     found: dict[str, Any] = {"offline": offline}
     if source.endswith(SUFFIX):
-        known = dict(parts or {})
-        if "language" not in known and (language := zoo.language_of(entry, Path(source), offline)) is not None:
-            known["language"] = language
-        found = {"parts": known}
+        found = {"parts": zoo.frozen_parts(entry, Path(source), parts or {}, offline)}
     elif parts:
         found["parts"] = parts
     core = blip2.load(source, device=str(device), dtype=dtype, **found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Published:
 
 
 _COCO_PROMPT = "a photo of"
+_TEXT = "bert-base-uncased"  # LAVIS's name for it, under which its cache has it
 TYPES: dict[str, Published] = {
     "pretrain_opt2.7b": Published("blip2_pretrained_opt2.7b.pth", "Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"),
     "pretrain_opt6.7b": Published("blip2_pretrained_opt6.7b.pth", "Salesforce/blip2-opt-6.7b", "facebook/opt-6.7b"),
@@ -105,17 +106,22 @@ def weights(entry: Published) -> str:
     language = f", {entry.language.partition('/')[2]}/" if entry.language else ""
     raise CheckpointError(
         f"{entry.file}: models with a ViT-L are on no hub, only LAVIS publishes them: put this file into {folder} with "
-        f"its frozen parts beside it (clip_vit_L.pth{language or ', bert-base-uncased/'}), or name it with checkpoint="
+        f"its frozen parts beside it (clip_vit_L.pth{language or f', {_TEXT}/'}), or name it with checkpoint="
     )
 
 
-def language_of(entry: Published, file: Path, offline: bool) -> Path | None:
-    """The directory of the frozen language model: beside LAVIS's file, else in the hub's cache; None without one.
+def frozen_parts(entry: Published, file: Path, named: Mapping[str, str | Path], offline: bool) -> dict[str, str | Path]:
+    """The frozen parts beside LAVIS's file that it takes from the hub: a language model, or BERT's tokenizer.
 
+    Args:
+        named: those that the caller named; they stay.
+    Returns:
+        as `blip2.load` takes them: where it lies beside the file, else in the hub's cache.
     Raises:
         CheckpointError: it is not there, and cannot be downloaded.
     """
-    if entry.language is None:
-        return None
-    beside = file.parent / entry.language.partition("/")[2]
-    return beside if beside.exists() else hub.download(entry.language, offline=offline)
+    key, repository = ("language", entry.language) if entry.language else ("text", _TEXT)
+    if key in named:
+        return dict(named)
+    beside = file.parent / repository.rpartition("/")[2]
+    return {**named, key: beside if beside.exists() else hub.download(repository, offline=offline)}
