@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from huggingface_hub import constants
 from published import COMMIT, picture
 
+import blip2
+import tiny_model
 from blip2.compat.lavis import models, zoo
 from blip2.config import PRESETS, Blip2Config
 from blip2.errors import CheckpointError, ConfigError
@@ -187,6 +190,15 @@ def test_a_checkpoint_of_another_kind_is_refused(
         models.load_model(*call, checkpoint=folders[kind], parts={"vision": "x"})
 
 
+def test_a_model_whose_texts_are_pooled_is_refused(monkeypatch: pytest.MonkeyPatch):
+    core = tiny_model.build()
+    pooled = dataclasses.replace(core.config.qformer, text_pooling="mean")
+    core = dataclasses.replace(core, config=core.config.replace(qformer=pooled))
+    monkeypatch.setattr(blip2, "load", lambda *_, **__: core)
+    with pytest.raises(CheckpointError, match=r"mini: no model of LAVIS's, its texts are not read from \[CLS\]"):
+        models.load_model("blip2", "pretrain", checkpoint="mini")
+
+
 def test_the_zoo_is_what_is_published():
     listed = dict(models.model_zoo)
     assert {model_type for types in listed.values() for model_type in types} <= PRESETS.keys()
@@ -220,4 +232,6 @@ def test_precision_is_the_frozen_parts_(folders: dict[str, Path], call: tuple[st
     if kind == "t5":
         assert model.language_model.encoder[0].mlp.down.weight.dtype == torch.float32, "T5 overflows in float16"
     assert len(model.generate({"image": torch.zeros(1, 3, 28, 28)}, max_length=3)) == 1
+    trained = {name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"bridge"}
     assert model.to("cpu", torch.float32).core.dtype == torch.float32

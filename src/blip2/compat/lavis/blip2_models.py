@@ -45,6 +45,8 @@ class Blip2Base(nn.Module):
         self.visual_encoder = cast("nn.Module", core.encoder)
         self.bridge = core.bridge
         self.language_model = cast("nn.Module | None", core.language)
+        if self.language_model is not None:
+            self.language_model.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:

@@ -110,6 +110,8 @@ def _check(core: Blip2, name: str, source: str) -> None:
             raise CheckpointError(
                 f"{source}: has no matching heads, which {name} is made of; blip2_opt and blip2_t5 write"
             )
+        if core.config.qformer.text_pooling != "cls":
+            raise CheckpointError(f"{source}: no model of LAVIS's, its texts are not read from [CLS]; use blip2.load")
         return
     language = core.config.language
     if not isinstance(language, LanguageConfig) or language.kind != kind:
