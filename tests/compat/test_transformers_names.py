@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from published import COMMIT, picture
 
 import blip2
@@ -46,6 +47,12 @@ def test_a_name_on_the_hub_is_found_in_its_cache(where: dict[str, Any]):
     assert model.config.num_query_tokens == processor.num_query_tokens == 4
     with pytest.raises(CheckpointError, match="Salesforce/none"):
         compat.Blip2Model.from_pretrained("Salesforce/none", **where)
+
+
+def test_the_cache_may_lie_elsewhere(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = compat.Blip2Config.from_pretrained("Salesforce/blip2-opt-2.7b", cache_dir=cache)
+    assert config.num_query_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -110,7 +117,7 @@ def test_words_of_quantisation_reach_load(folders: dict[str, Path], monkeypatch:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"cache_dir": "elsewhere"}, "no 'cache_dir'"),
+        ({"variant": "fp16"}, "no 'variant'"),
         ({"state_dict": {}}, "no 'state_dict'"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "8 bits or 4, not both"),
         ({"quantization_config": {"quant_method": "gptq"}}, "int8 and int4 .* are known"),

@@ -23,14 +23,14 @@ WITHOUT_EFFECT = frozenset(
         "attn_implementation", "_attn_implementation", "ignore_mismatched_sizes", "output_attentions",
     )
 )  # fmt: skip
-WHERE = frozenset(("revision", "token", "use_auth_token", "local_files_only"))
+WHERE = frozenset(("revision", "token", "use_auth_token", "local_files_only", "cache_dir"))
 
 
 def find(name: str | Path, **where: Any) -> Path:
     """The directory of a model: itself, or the hub's cache, downloaded where it is not there yet.
 
     Args:
-        where: revision, token (or use_auth_token), local_files_only.
+        where: revision, token (or use_auth_token), local_files_only, cache_dir.
     Raises:
         CheckpointError: no such model.
         ConfigError: a word that is not known.
@@ -45,6 +45,7 @@ def find(name: str | Path, **where: Any) -> Path:
         revision=known.get("revision"),
         token=token if isinstance(token, str) else None,  # True is the one that is logged in, which is the rule
         offline=bool(known.get("local_files_only")),
+        cache=known.get("cache_dir"),
     )
 
 
