@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from blip2.generate import Tokens
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
 from blip2.protocols import ImageEncoder, LanguageModel
+from blip2.quantize import Scheme, check_scheme
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
 
@@ -340,6 +341,8 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Scheme | None = None,
+    device_map: Literal["auto"] | Mapping[str, str | int] | None = None,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -353,21 +356,31 @@ def load(
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32.
+        quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from
+            the file; the activations keep `dtype`.
+        device_map: `auto` spreads the frozen parts' blocks over `device`, the other CUDA devices and the CPU's memory,
+            by what is free, and keeps the rest on disk. Or places by name, the longest that fits: {"vision": "cuda:0",
+            "language.layers": 1, "language.layers.31": "disk"}; blocks are called vision.blocks.N, language.layers.N
+            (OPT), language.encoder.N and language.decoder.N (T5). What lies in the CPU's memory or on disk is
+            brought to `device` when it runs. None puts all on `device`.
         revision, token, offline: of a model on the hub: a branch, tag or commit; a user's token; whether to take what
             the cache has and ask nobody.
         parts: of a LAVIS file, which holds what was trained only: where its `vision`, `language` and `text` are; those
             left out are looked for beside it (`eva_vit_g.pth`, `opt-2.7b/`, `bert-base-uncased/`, ...).
     Raises:
         CheckpointError: no such model, or it is damaged.
+        ConfigError: an argument has a value that there is not, or that does not go with the others.
         MissingExtraError: its frozen parts are not installed.
     """
     from blip2.weights import hub, lavis
     from blip2.weights.assemble import assemble, model_directory
+    from blip2.weights.placement import Memory, check_map
 
     place = pick_device(device)
     half = pick_dtype(dtype, place)
+    memory = Memory(check_scheme(quantize), check_map(device_map))
     if str(name).endswith(lavis.SUFFIX):
-        return lavis.load(Path(str(name)), place, half, parts=parts)
+        return lavis.load(Path(str(name)), place, half, memory, parts=parts)
     if parts:
         raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
     if name is not None and hub.is_name(str(name)):
@@ -376,4 +389,4 @@ def load(
         raise ConfigError(f"{name}: `revision` and `token` are for models on the hub, OWNER/NAME")
     else:
         directory = model_directory(name)
-    return assemble(directory, place, half)
+    return assemble(directory, place, half, memory)

@@ -99,6 +99,21 @@ def test_right_padding_changes_what_transformers_says_and_nothing_here(folders: 
     assert wrong["right"] != wrong["left"]
 
 
+def test_a_repetition_penalty_leaves_padding_out(folders: dict[str, Path]):
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(folders["opt"]).eval()
+    ours = compat.Blip2ForConditionalGeneration.from_pretrained(folders["opt"])
+    processor = compat.Blip2Processor.from_pretrained(folders["opt"])
+    likely = ours.generate(**processor(picture(0), "a", return_tensors="pt"), max_new_tokens=1)[0, -1]
+    for model in (theirs, ours):  # a model that likes to write what rows are padded with
+        model.config.text_config.pad_token_id = model.generation_config.pad_token_id = int(likely)
+    given = inputs(processor, ["a", "a photo of two"], "left")
+    given["input_ids"][given["attention_mask"] == 0] = likely
+    alone = ours.generate(**processor(picture(0), "a", return_tensors="pt"), max_new_tokens=1, repetition_penalty=9.0)
+    new = [model.generate(**given, max_new_tokens=1, repetition_penalty=9.0)[0, -1] for model in (theirs, ours)]
+    assert new[1] == alone[0, -1] == likely
+    assert new[0] != likely
+
+
 def test_drawing_follows_torch_s_seed_and_transformers_defaults(pair: Pair):
     _, ours, processor = pair
     given = inputs(processor, ALIKE)

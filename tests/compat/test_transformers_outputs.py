@@ -68,6 +68,9 @@ def test_logits_at_every_position_and_all_that_leads_to_them(pair: Pair, side: s
     found = ours(**given, **words(theirs, given))
     real = given["attention_mask"].bool()
     if theirs.config.is_encoder_decoder and side == "left":  # between image and words, where theirs counts it as far
+        assert not torch.allclose(
+            expected.logits, theirs(**inputs(processor), **words(theirs, given)).logits, atol=1e-3
+        )
         alone = [ours(**inputs_of(given, row), **words(theirs, given, row)).logits for row in range(len(PROMPTS))]
         close(found.logits, torch.cat(alone))
     elif theirs.config.is_encoder_decoder:
@@ -186,8 +189,13 @@ def test_parts_stand_alone(folders: dict[str, Path]):
         qformer(queries, encoder_hidden_states=expected[0])[0],
         whole.qformer(queries, encoder_hidden_states=expected[0])[0],
     )
-    alone = transformers.Blip2VisionModel.from_pretrained(folders["opt"]).eval()
-    assert not torch.allclose(alone(pixels)[0], expected[0])  # theirs draws new weights for this name
+    given = {"query_embeds": queries, "encoder_hidden_states": expected[0]}
+    for name, arguments, known in (  # theirs draws new weights for these names
+        ("Blip2VisionModel", {"pixel_values": pixels}, expected),
+        ("Blip2QFormerModel", given, whole.qformer(**given)),
+    ):
+        alone = getattr(transformers, name).from_pretrained(folders["opt"]).eval()
+        assert not torch.allclose(alone(**arguments)[0], known[0])
 
 
 @torch.no_grad()

@@ -180,8 +180,8 @@ class DecoderLayer(nn.Module):
 class FeedForward(nn.Module):
     """x + down(gelu(gate) * up), after a norm.
 
-    In float16 T5's activations pass what the type can hold: `down` then keeps float32 weights (see `half_safe`), and
-    the sum is cut at the type's end, as in transformers.
+    In float16 T5's activations pass what the type can hold: gate, product and `down`, whose weights stay in float32
+    (see `half_safe`), are then computed in float32, and the sum is cut at the type's end, as in transformers.
     """
 
     def __init__(self, config: T5Config) -> None:
@@ -193,11 +193,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)
-        inner = F.gelu(gate, approximate=self.approximate) * up
-        out = self.down(inner.to(self.down.weight.dtype))
-        if x.dtype == torch.float16:
-            return (x.float() + out).clamp(-HALF_END, HALF_END).to(x.dtype)
-        return x + out
+        half = x.dtype == torch.float16
+        if half:
+            x, gate, up = x.float(), gate.float(), up.float()
+        x = x + self.down(F.gelu(gate, approximate=self.approximate) * up)
+        return x.clamp(-HALF_END, HALF_END).half() if half else x
 
 
 class RelativePositions(nn.Module):

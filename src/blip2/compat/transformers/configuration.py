@@ -26,7 +26,9 @@ class PretrainedConfig:
     """Values by name; those that are not given have the class's defaults, and others are kept as they are."""
 
     model_type: ClassVar[str] = ""
+    section: ClassVar[str] = ""
     defaults: ClassVar[Mapping[str, Any]] = {}
+    other_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, **values: Any) -> None:
         values.pop("model_type", None)
@@ -50,7 +52,11 @@ class PretrainedConfig:
             values = values[cls.section]
         return cls.from_dict(values)
 
-    section: ClassVar[str] = ""
+    def __getattr__(self, name: str) -> Any:
+        """A value by the name that other models give it."""
+        if name in self.other_names:
+            return getattr(self, self.other_names[name])
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a `config.json`."""
@@ -111,11 +117,11 @@ class T5Config(PretrainedConfig):
         **_defaults(keys.T5), "feed_forward_proj": "gated-gelu", "bos_token_id": None, "eos_token_id": 1,
         "pad_token_id": 0, "is_encoder_decoder": True,
     }  # fmt: skip
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of an embedding, as other models call it."""
-        return self.d_model
+    other_names: ClassVar = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    }
 
 
 _LANGUAGES: dict[str, type[PretrainedConfig]] = {"opt": OPTConfig, "t5": T5Config}
@@ -157,7 +163,7 @@ class Blip2Config(PretrainedConfig):
         self.num_query_tokens = num_query_tokens
         self.image_text_hidden_size = image_text_hidden_size
         self.image_token_index = image_token_index
-        self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
+        vars(self.qformer_config)["encoder_hidden_size"] = self.vision_config.hidden_size  # as transformers sets it
         self.use_decoder_only_language_model = kind == "opt"
         self.is_encoder_decoder = kind == "t5"
 

@@ -114,9 +114,11 @@ def plan(*sources: Mapping[str, Any], begun: int, room: int) -> Plan:
         num_captions=asked["num_return_sequences"],
     )
     ends = asked["eos_token_id"]
-    stops = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
+    stops = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
     pad = asked["pad_token_id"]
-    return Plan(decoding, stops, int(stops[0] if pad is None else pad), bool(asked["return_dict_in_generate"]))
+    if pad is None:
+        pad = stops[0] if stops else 0
+    return Plan(decoding, tuple(stops), int(pad), bool(asked["return_dict_in_generate"]))
 
 
 def _most(asked: Mapping[str, Any], begun: int, room: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any, ClassVar, Self
 
 import torch
@@ -48,14 +49,17 @@ class PreTrainedModel(nn.Module):
 def recorded(layers: nn.ModuleList, wanted: bool | None) -> Generator[list[Tensor]]:
     """What enters the first of some layers within, and what leaves each; empty where nobody wants it."""
     states: list[Tensor] = []
+    here = get_ident()  # another thread's call goes through the same layers
 
     def entering(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         del module
-        states.append(inputs[0])
+        if get_ident() == here:
+            states.append(inputs[0])
 
     def leaving(module: nn.Module, inputs: object, output: Tensor) -> None:
         del module, inputs
-        states.append(output)
+        if get_ident() == here:
+            states.append(output)
 
     hooks: list[Any] = []
     if wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,14 +23,14 @@ WITHOUT_EFFECT = frozenset(
         "attn_implementation", "_attn_implementation", "ignore_mismatched_sizes", "output_attentions",
     )
 )  # fmt: skip
-WHERE = frozenset(("revision", "token", "use_auth_token", "local_files_only"))
+WHERE = frozenset(("revision", "token", "use_auth_token", "local_files_only", "cache_dir"))
 
 
 def find(name: str | Path, **where: Any) -> Path:
     """The directory of a model: itself, or the hub's cache, downloaded where it is not there yet.
 
     Args:
-        where: revision, token (or use_auth_token), local_files_only.
+        where: revision, token (or use_auth_token), local_files_only, cache_dir.
     Raises:
         CheckpointError: no such model.
         ConfigError: a word that is not known.
@@ -45,6 +45,7 @@ def find(name: str | Path, **where: Any) -> Path:
         revision=known.get("revision"),
         token=token if isinstance(token, str) else None,  # True is the one that is logged in, which is the rule
         offline=bool(known.get("local_files_only")),
+        cache=known.get("cache_dir"),
     )
 
 
@@ -88,8 +89,8 @@ def quantize_of(words: dict[str, Any]) -> str | None:
     given = words.pop("quantization_config", None)
     eight, four = bool(words.pop("load_in_8bit", False)), bool(words.pop("load_in_4bit", False))
     if given is not None:
-        read = given.get if isinstance(given, Mapping) else lambda key: getattr(given, key, False)
-        eight, four = eight or bool(read("load_in_8bit")), four or bool(read("load_in_4bit"))
+        read: Mapping[str, Any] = cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else vars(given)
+        eight, four = eight or bool(_named(read, "load_in_8bit")), four or bool(_named(read, "load_in_4bit"))
         if not (eight or four):
             raise ConfigError(
                 f"quantization_config {type(given).__name__}: int8 and int4 (BitsAndBytesConfig) are known"
@@ -97,6 +98,11 @@ def quantize_of(words: dict[str, Any]) -> str | None:
     if eight and four:
         raise ConfigError("load_in_8bit and load_in_4bit: weights have 8 bits or 4, not both")
     return "int8" if eight else "int4" if four else None
+
+
+def _named(values: Mapping[str, Any], name: str) -> Any:
+    """A value of a configuration; transformers' own keep theirs behind an underscore."""
+    return values.get(name, values.get(f"_{name}"))
 
 
 def device_of(device_map: Any) -> str:

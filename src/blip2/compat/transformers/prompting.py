@@ -50,16 +50,24 @@ class Prompt:
 
 
 def build(
-    language: Any, visual: Tensor, token: int | None, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None
+    language: Any,
+    visual: Tensor,
+    token: int | None,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    embeds: Tensor | None,
+    *,
+    older: bool = False,
 ) -> Prompt:
     """The queries among the words.
 
     Args:
         visual: float[N, Q, D], the images' queries, projected.
-        token: id of the placeholder; None for an older model, whose queries stand before the words.
+        token: id of the placeholder, None where there is none.
         ids: int64[B, S]; several images may stand in one row.
         mask: [B, S], 0 where a position is padding; all are real where None.
         embeds: float[B, S, D] instead of ids.
+        older: the model's configuration has no placeholder: without one, the queries stand before the words.
     Raises:
         PromptError: the placeholders do not match the images and their queries; transformers takes as many as there
             are and says nothing.
@@ -72,15 +80,11 @@ def build(
     if real.shape != shape:
         raise PromptError(f"attention_mask is {list(real.shape)}, the prompts are {list(shape)}")
     visual = visual.to(words.device, words.dtype)
-    if token is None:
+    slots = _slots(language, token, ids, words) & real
+    if older and not bool(slots.any()):
         if len(words) != len(visual):
             raise PromptError(f"{len(visual)} images and {len(words)} prompts: this model takes an image a prompt")
         return Prompt(torch.cat([visual, words], 1), torch.cat([real.new_ones(visual.shape[:2]), real], 1), ids)
-    if ids is not None:
-        slots = ids == token
-    else:
-        slots = (words == language.embed(torch.tensor(token, device=words.device))).all(-1)
-    slots = slots & real
     queries, counts = visual.shape[1], slots.sum(1)
     if int(counts.sum()) != len(visual) * queries or bool((counts % queries).any()):
         raise PromptError(
@@ -88,6 +92,15 @@ def build(
             "each: let Blip2Processor fill them in, with images and text in one call"
         )
     return Prompt(words.masked_scatter(slots[..., None], visual), real, ids)
+
+
+def _slots(language: Any, token: int | None, ids: Tensor | None, words: Tensor) -> Tensor:
+    """Where placeholders stand, bool[B, S]."""
+    if token is None or token >= language.vocab_size:
+        return torch.zeros(words.shape[:2], dtype=torch.bool, device=words.device)
+    if ids is not None:
+        return ids == token
+    return (words == language.embed(torch.tensor(token, device=words.device))).all(-1)
 
 
 def read(language: Decoder, prompt: Prompt, states: bool | None) -> LanguageModelOutput:

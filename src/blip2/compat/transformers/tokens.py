@@ -188,7 +188,7 @@ def texts_of(text: str | Sequence[str]) -> list[str]:
     Raises:
         PromptError: none, or something that is no text.
     """
-    texts = [text] if isinstance(text, str) else list(text)
+    texts: list[Any] = [text] if isinstance(text, str) else list(text)
     if not texts or not all(isinstance(each, str) for each in texts):
         raise PromptError("text: give a string, or a list of strings")
     return texts

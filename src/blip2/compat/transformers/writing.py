@@ -20,6 +20,7 @@ from blip2.compat.transformers.generation import GenerationConfig
 from blip2.compat.transformers.modules import Seeing, cast_to, given, of, refuse_attentions
 from blip2.compat.transformers.naming import speak
 from blip2.compat.transformers.outputs import BaseModelOutputWithPooling, Blip2ForConditionalGenerationModelOutput
+from blip2.compat.transformers.tokens import IMAGE_TOKEN
 from blip2.config import VisionConfig
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
@@ -134,13 +135,15 @@ class Writing(Seeing):
     def _prompt(
         self, visual: Tensor, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None
     ) -> prompting.Prompt:
-        token = self.config.image_token_index
+        token, older = self.config.image_token_index, self.config.image_token_index is None
         if ids is None and embeds is None:  # as transformers: the image, then the token that begins a text
             begin = getattr(self.config.text_config, "bos_token_id", None)
             slots = [] if token is None else [token] * self.config.num_query_tokens
             row = [*slots, *([] if begin is None else [begin])]
             ids = torch.tensor([row] * len(visual), dtype=torch.long, device=visual.device)
-        return prompting.build(self.language_model, visual, token, ids, mask, embeds)
+        if older and self._model.tokenizer is not None:
+            token = self._model.tokenizer.rust.token_to_id(IMAGE_TOKEN)
+        return prompting.build(self.language_model, visual, token, ids, mask, embeds, older=older)
 
 
 class Blip2Model(Writing):
