@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import snippets
 import torch
@@ -24,3 +28,13 @@ def test_a_snippet_of_lavis_runs(name: str, address: str, capsys: pytest.Capture
         assert left["features"].image_embeds.shape == (1, 4, 16)
         torch.testing.assert_close(left["features"].image_embeds_proj.norm(dim=-1), torch.ones(1, 4))
         assert left["features"].text_embeds is None, "the document's own call asks for the image's features alone"
+
+
+@pytest.mark.usefixtures("hub", "photos")
+def test_the_page_s_own_lines_run():
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n([^`]*compat\.lavis[^`]*)```", page)
+    assert code is not None
+    left: dict[str, Any] = {}
+    exec(compile(code[1], "compatibility.md", "exec"), left)
+    assert left["model"].core.config.language.kind == "opt"
