@@ -67,7 +67,7 @@ def test_the_cache_may_lie_elsewhere(cache: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_words_of_from_pretrained(folders: dict[str, Path], words: dict[str, Any], device: str, dtype: torch.dtype):
     model = compat.Blip2ForConditionalGeneration.from_pretrained(folders["opt"], **words)
-    assert places.device_of(words.get("device_map")) == device
+    assert places.spread(words.get("device_map"))[0] == device
     assert model.dtype == dtype
     assert next(model.qformer.parameters()).dtype == torch.float32
     assert not model.training
@@ -111,7 +111,32 @@ def test_words_of_quantisation_reach_load(folders: dict[str, Path], monkeypatch:
 
     monkeypatch.setattr(blip2, "load", load)
     compat.Blip2ForConditionalGeneration.from_pretrained(folders["opt"], load_in_8bit=True, device_map="auto")
-    assert asked == {"name": folders["opt"], "device": "auto", "dtype": "float32", "quantize": "int8"}
+    expected = {"device": "auto", "dtype": "float32", "quantize": "int8", "device_map": "auto"}
+    assert asked == {"name": folders["opt"], **expected}
+
+
+def test_places_have_transformers_names(folders: dict[str, Path]):
+    whole = {"vision_model": 0, "qformer": 0, "language_projection": 0, "language_model.model.decoder.layers.1": "disk"}
+    assert places.spread(whole) == ("cuda:0", {"vision": "cuda:0", "language.layers.1": "disk"})
+    halves = {"vision_model.encoder.layers.3": "cpu", "language_model.encoder.block": 1, "language_model.lm_head": 1}
+    assert places.spread(halves) == ("cuda:1", {"vision.blocks.3": "cpu", "language.encoder": "cuda:1"})
+    given = compat.AutoProcessor.from_pretrained(folders["opt"])(picture(1), "a cat", return_tensors="pt")
+    rows = [
+        compat.Blip2ForConditionalGeneration.from_pretrained(folders["opt"], device_map=device_map).generate(**given)
+        for device_map in ({"": "cpu"}, {"vision_model": "cpu", "qformer": "cpu", "language_model": "disk"})
+    ]
+    assert rows[0].tolist() == rows[1].tolist()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_answer_nearly_as_whole_ones(folders: dict[str, Path], bits: int):
+    given = compat.AutoProcessor.from_pretrained(folders["opt"])(picture(1), "a cat", return_tensors="pt")
+    config = compat.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    whole, coarse = (
+        compat.Blip2ForConditionalGeneration.from_pretrained(folders["opt"], **words)(**given).logits
+        for words in ({}, {"quantization_config": config, "device_map": "auto"})
+    )
+    assert 0 < (coarse - whole).abs().max() < {8: 0.05, 4: 0.6}[bits] * whole.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +146,7 @@ def test_words_of_quantisation_reach_load(folders: dict[str, Path], monkeypatch:
         ({"state_dict": {}}, "no 'state_dict'"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "8 bits or 4, not both"),
         ({"quantization_config": {"quant_method": "gptq"}}, "int8 and int4 .* are known"),
-        ({"device_map": {"vision_model": 0, "language_model": "cpu"}}, "name one device"),
+        ({"device_map": {"vision_model": "cpu", "language_model": "here"}}, "device 'here' is none"),
         ({"dtype": "float8"}, "dtype 'float8' is none"),
     ],
 )
