@@ -155,6 +155,20 @@ def test_a_word_that_is_not_there_is_named(folders: dict[str, Path], words: dict
         compat.Blip2ForConditionalGeneration.from_pretrained(folders["opt"], **words)
 
 
+def test_a_model_of_blip2_s_own_format_is_an_error_that_says_so():
+    with pytest.raises(CheckpointError, match=r"blip2\.load reads blip2's own"):
+        compat.Blip2ForConditionalGeneration.from_pretrained(Path(blip2.__file__).parent / "mini")
+
+
+def test_a_processor_s_name_brings_no_weights(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place = tmp_path / "models--Salesforce--blip2-opt-2.7b"
+    shutil.copytree(cache / place.name, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert compat.Blip2Processor.from_pretrained("Salesforce/blip2-opt-2.7b", cache_dir=tmp_path).num_query_tokens == 4
+    with pytest.raises(CheckpointError, match="neither safetensors"):
+        compat.Blip2Model.from_pretrained("Salesforce/blip2-opt-2.7b", cache_dir=tmp_path)
+
+
 def test_a_model_of_the_other_kind_is_an_error_that_names_the_right_class(folders: dict[str, Path]):
     with pytest.raises(ConfigError, match="use Blip2ForImageTextRetrieval"):
         compat.Blip2ForConditionalGeneration.from_pretrained(folders["itm"])
@@ -198,6 +212,11 @@ def test_what_is_saved_both_load(folders: dict[str, Path], kind: str, name: str,
     again = getattr(compat, name).from_pretrained(tmp_path)
     same_state(again.state_dict(), ours.state_dict())
     torch.testing.assert_close(theirs.query_tokens, ours.query_tokens, rtol=0, atol=0)
+    half = getattr(compat, name).from_pretrained(folders[kind], dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    assert getattr(compat, name).from_pretrained(tmp_path).dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="save_pretrained: blip2 has no 'push_to_hub'"):
+        ours.save_pretrained(tmp_path, push_to_hub=True)
     assert theirs.config.image_token_index == ours.config.image_token_index == again.config.image_token_index
 
 

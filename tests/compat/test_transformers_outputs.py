@@ -219,6 +219,8 @@ def test_matching_and_comparing(folders: dict[str, Path]):
         close(found.vision_model_output[0], expected.vision_model_output[0])
     with pytest.raises(PromptError, match="each needs 4 first"):
         ours(given["pixel_values"], given["input_ids"][:, 4:], given["attention_mask"][:, 4:])
+    with pytest.raises(PromptError, match="the Q-Former has 64 positions"):
+        ours(given["pixel_values"], torch.cat([given["input_ids"], given["input_ids"][:, 4:].repeat(1, 6)], 1))
     with pytest.raises(PromptError, match="takes pairs"):
         ours(given["pixel_values"][:2], given["input_ids"], given["attention_mask"], True)
 

@@ -11,9 +11,9 @@ import torch
 import blip2
 from blip2.blip2 import Blip2
 from blip2.device import half_dtype
-from blip2.errors import ConfigError
+from blip2.errors import CheckpointError, ConfigError
 from blip2.quantize import Scheme
-from blip2.weights import hub, paddle
+from blip2.weights import hub, paddle, transformers
 from blip2.weights.maps import transformers_config as keys
 from blip2.weights.transformers import read_json
 
@@ -36,10 +36,11 @@ BLOCKS = {  # what has blocks, by transformers' names and ours
 }
 
 
-def find(name: str | Path, **where: Any) -> Path:
+def find(name: str | Path, *, weights: bool = False, **where: Any) -> Path:
     """The directory of a model: itself, or the hub's cache, downloaded where it is not there yet.
 
     Args:
+        weights: False for configuration and tokenizer alone.
         where: revision, token (or use_auth_token), local_files_only, cache_dir.
     Raises:
         CheckpointError: no such model.
@@ -56,6 +57,7 @@ def find(name: str | Path, **where: Any) -> Path:
         token=token if isinstance(token, str) else None,  # True is the one that is logged in, which is the rule
         offline=bool(known.get("local_files_only")),
         cache=known.get("cache_dir"),
+        weights=weights,
     )
 
 
@@ -82,8 +84,10 @@ def load(name: str | Path, **words: Any) -> tuple[Blip2, dict[str, Any], Path]:
     device, device_map = spread(words.pop("device_map", None))
     quantize = quantize_of(words)
     refuse(words, "from_pretrained")
-    directory = find(name, **where)
+    directory = find(name, weights=True, **where)
     values = read_json(directory / "config.json")
+    if not (transformers.holds(directory) or paddle.holds(directory)):
+        raise CheckpointError(f"{directory}: no model of transformers or PaddleNLP; blip2.load reads blip2's own")
     precision = dtype_of(dtype, values, device)
     model = blip2.load(directory, device=device, dtype=precision, quantize=quantize, device_map=device_map)
     if paddle.holds(directory):

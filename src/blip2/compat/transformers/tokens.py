@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 IMAGE_TOKEN = "<image>"
 CONFIG = "tokenizer_config.json"
+ENDLESS = 10**9  # a longest text of so many tokens is none
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -114,6 +115,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         """Ids of each text in its frame, cut on the right where asked for."""
         before, after = (self.before, self.after) if special else ([], [])
+        if truncation and max_length is None and (longest := int(self.values.get("model_max_length") or 0)) < ENDLESS:
+            max_length = longest or None
         room = max_length - len(before) - len(after) if truncation and max_length is not None else None
         encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
         return [[*before, *encoding.ids[:room], *after] for encoding in encodings]
