@@ -136,7 +136,8 @@ def test_quantised_weights_answer_nearly_as_whole_ones(folders: dict[str, Path],
         compat.Blip2ForConditionalGeneration.from_pretrained(folders["opt"], **words)(**given).logits
         for words in ({}, {"quantization_config": config, "device_map": "auto"})
     )
-    assert 0 < (coarse - whole).abs().max() < {8: 0.05, 4: 0.6}[bits] * whole.abs().max()
+    # 0.018 of the largest logit was seen with both: layers as narrow as these are int8 where int4 is asked for too
+    assert 0 < (coarse - whole).abs().max() < 0.05 * whole.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_a_model_in_half_precision_throughout_still_computes(folders: dict[str, 
     given = compat.AutoProcessor.from_pretrained(folders["opt"])(picture(1), "a cat", return_tensors="pt")
     expected = model(**given).logits
     found = model.to(torch.bfloat16)(**given.to(torch.bfloat16)).logits
-    # bfloat16 keeps 8 bits: 0.03 of the largest logit was seen
+    # bfloat16 keeps 8 bits: 0.02 of the largest logit was seen
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
