@@ -144,6 +144,7 @@ def test_quantised_weights_answer_nearly_as_whole_ones(folders: dict[str, Path],
     ("words", "message"),
     [
         ({"variant": "fp16"}, "no 'variant'"),
+        ({"attn_implementation": "fast"}, "'fast' is none of"),
         ({"state_dict": {}}, "no 'state_dict'"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "8 bits or 4, not both"),
         ({"quantization_config": {"quant_method": "gptq"}}, "int8 and int4 .* are known"),

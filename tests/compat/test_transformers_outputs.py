@@ -105,8 +105,11 @@ def test_hidden_states_of_every_layer(pair: Pair):
     given = processor(picture(1), "two dogs", return_tensors="pt")
     expected = theirs(**given, **words(theirs, given), output_hidden_states=True).language_model_outputs
     found = ours(**given, **words(theirs, given), output_hidden_states=True)
-    if not theirs.config.is_encoder_decoder:
-        close(found.language_model_outputs.hidden_states, expected.hidden_states)
+    kinds = (
+        ["encoder_hidden_states", "decoder_hidden_states"] if theirs.config.is_encoder_decoder else ["hidden_states"]
+    )
+    for kind in kinds:
+        close(found.language_model_outputs[kind], expected[kind])
     close(
         found.vision_outputs.hidden_states,
         theirs.vision_model(given["pixel_values"], output_hidden_states=True).hidden_states,

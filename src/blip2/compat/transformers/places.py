@@ -24,6 +24,7 @@ WITHOUT_EFFECT = frozenset(
         "attn_implementation", "_attn_implementation", "ignore_mismatched_sizes", "output_attentions",
     )
 )  # fmt: skip
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None)
 WHERE = frozenset(("revision", "token", "use_auth_token", "local_files_only", "cache_dir"))
 
 BLOCKS = {  # what has blocks, by transformers' names and ours
@@ -83,6 +84,8 @@ def load(name: str | Path, **words: Any) -> tuple[Blip2, dict[str, Any], Path]:
     words.pop("torch_dtype", None)
     device, device_map = spread(words.pop("device_map", None))
     quantize = quantize_of(words)
+    if words.get("attn_implementation") not in ATTENTIONS:
+        raise ConfigError(f"attn_implementation {words['attn_implementation']!r} is none of {ATTENTIONS[:-1]}")
     refuse(words, "from_pretrained")
     directory = find(name, weights=True, **where)
     values = read_json(directory / "config.json")
