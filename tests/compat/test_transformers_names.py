@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,27 @@ def test_names_are_these_and_no_others():
     assert sorted(compat.__all__) == sorted(f"{models} {halves} {values} {others}".split())
     for name in compat.__all__:
         assert getattr(compat, name) is not None
+
+
+def test_nothing_imports_these_names():
+    package = Path(blip2.__file__).parent
+    inside = [path for path in package.rglob("*.py") if "compat" not in path.relative_to(package).parts]
+    assert len(inside) > 90
+    assert [str(path) for path in inside if "blip2.compat" in path.read_text(encoding="utf-8")] == []
+
+
+def test_transformers_itself_is_not_needed(folders: dict[str, Path]):
+    code = f"""
+import sys
+sys.modules["transformers"] = None
+from PIL import Image
+from blip2.compat.transformers import Blip2ForConditionalGeneration, Blip2Processor
+model = Blip2ForConditionalGeneration.from_pretrained({str(folders["t5"])!r})
+processor = Blip2Processor.from_pretrained({str(folders["t5"])!r})
+print(len(model.generate(**processor(Image.new("RGB", (9, 9)), "a", return_tensors="pt"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 @pytest.mark.usefixtures("hub")

@@ -63,13 +63,12 @@ class Tokenizer:
         model = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
         text: dict[str, Any] = model.get("text_config") or {}
         t5 = text.get("model_type") == "t5"
-        begin, end = text.get("bos_token_id"), text.get("eos_token_id")
-        pad = text.get("pad_token_id")
+        begin, end, pad = (_one(text.get(f"{role}_token_id")) for role in ("bos", "eos", "pad"))
         found = vocabulary.read(directory, bos=None, pad=0, stop_ids=())
-        frame = ([], [1 if end is None else int(end)]) if t5 else ([2 if begin is None else int(begin)], [])
+        frame = ([], [1 if end is None else end]) if t5 else ([2 if begin is None else begin], [])
         if "text_config" not in model or "Blip2ForImageTextRetrieval" in (model.get("architectures") or ()):
             frame = ([], [])
-        return cls(found.rust, values, frame, pad=(0 if t5 else 1) if pad is None else int(pad))
+        return cls(found.rust, values, frame, pad=(0 if t5 else 1) if pad is None else pad)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`."""
@@ -195,6 +194,12 @@ def texts_of(text: str | Sequence[str]) -> list[str]:
     if not texts or not all(isinstance(each, str) for each in texts):
         raise PromptError("text: give a string, or a list of strings")
     return texts
+
+
+def _one(ids: Any) -> int | None:
+    """A special token's id, the first where there are several."""
+    found = ids[0] if isinstance(ids, list) and ids else ids
+    return found if isinstance(found, int) else None
 
 
 def _template(rust: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:
