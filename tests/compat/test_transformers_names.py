@@ -168,6 +168,7 @@ def test_quantised_weights_answer_nearly_as_whole_ones(folders: dict[str, Path],
     [
         ({"variant": "fp16"}, "no 'variant'"),
         ({"attn_implementation": "fast"}, "'fast' is none of"),
+        ({"force_download": False, "devise_map": None}, "no 'devise_map'"),
         ({"state_dict": {}}, "no 'state_dict'"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "8 bits or 4, not both"),
         ({"quantization_config": {"quant_method": "gptq"}}, "int8 and int4 .* are known"),
@@ -238,7 +239,7 @@ def test_what_is_saved_both_load(folders: dict[str, Path], kind: str, name: str,
     same_state(again.state_dict(), ours.state_dict())
     torch.testing.assert_close(theirs.query_tokens, ours.query_tokens, rtol=0, atol=0)
     half = getattr(compat, name).from_pretrained(folders[kind], dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path)
+    half.save_pretrained(tmp_path, safe_serialization=True)
     assert getattr(compat, name).from_pretrained(tmp_path).dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="save_pretrained: blip2 has no 'push_to_hub'"):
         ours.save_pretrained(tmp_path, push_to_hub=True)

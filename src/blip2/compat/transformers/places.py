@@ -21,9 +21,15 @@ from blip2.weights.transformers import read_json
 WITHOUT_EFFECT = frozenset(
     (
         "low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_safetensors", "weights_only", "resume_download",
-        "attn_implementation", "_attn_implementation", "ignore_mismatched_sizes", "output_attentions",
+        "attn_implementation",
     )
 )  # fmt: skip
+# Words that blip2 has not, at the value at which they ask for nothing.
+SETTLED: Mapping[str, Any] = {
+    "force_download": False, "output_loading_info": False, "ignore_mismatched_sizes": False, "push_to_hub": False,
+    "safe_serialization": True, "variant": None, "proxies": None, "state_dict": None, "max_memory": None,
+    "offload_folder": None, "subfolder": "",
+}  # fmt: skip
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None)
 WHERE = frozenset(("revision", "token", "use_auth_token", "local_files_only", "cache_dir"))
 
@@ -64,9 +70,9 @@ def find(name: str | Path, *, weights: bool = False, **where: Any) -> Path:
 
 def refuse(words: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError where a word is left that has a meaning in transformers and none here."""
-    left = sorted(word for word, value in words.items() if word not in WITHOUT_EFFECT and value not in (None, False))
-    if left:
-        raise ConfigError(f"{where}: blip2 has no {left[0]!r}; leave it out")
+    for word, value in words.items():
+        if word not in WITHOUT_EFFECT and (word not in SETTLED or value != SETTLED[word]):
+            raise ConfigError(f"{where}: blip2 has no {word!r}; leave it out")
 
 
 def load(name: str | Path, **words: Any) -> tuple[Blip2, dict[str, Any], Path]:
