@@ -23,7 +23,7 @@ from blip2.generate import Tokens
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
 from blip2.protocols import ImageEncoder, LanguageModel
-from blip2.quantize import Scheme, check_scheme
+from blip2.quantize import check_scheme
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
 
@@ -348,7 +348,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantize: Scheme | None = None,
+    quantize: str | None = None,
     device_map: Literal["auto"] | Mapping[str, str | int] | None = None,
     revision: str | None = None,
     token: str | None = None,

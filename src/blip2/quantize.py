@@ -29,7 +29,8 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 GROUP = 64  # inputs that share a scale in int4: divides the widths of every published model
 BLOCKS = (64, 32)  # outputs that int4 packs together: what kernels for AVX-512 and for AVX2 read
-PLAIN_AT_ONCE = 2**22  # weights that are made plain, or coarse, at a time: 16 MB in float32
+PLAIN_AT_ONCE = 2**22  # weights that are made plain at a time: 16 MB in float32
+COARSE_AT_ONCE = 2**20  # weights that are made coarse at a time: 4 MB in float32
 MANY = 192  # rows from which plain bfloat16 weights beat the kernel that reads int4
 FEW = 8  # rows up to which int8 weights read once beat a product in float32
 INT8_END, INT4_LEVELS, INT4_MIDDLE = 127, 15, 8
@@ -193,10 +194,10 @@ def check_plain(module: nn.Module) -> None:
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     coarse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for rows in _pieces(*weight.shape):
-        some = weight[rows].float()
-        scales[rows] = _above_zero(some.abs().amax(1) / INT8_END)
-        coarse[rows] = (some / scales[rows, None]).round_().to(torch.int8)
+    for rows, some in _plain_pieces(weight):
+        peak = torch.maximum(-some.amin(1), some.amax(1))  # `aminmax` is several times slower, `abs` takes memory
+        scales[rows] = _above_zero(peak / INT8_END)
+        coarse[rows] = some.div_(scales[rows, None]).round_()
     return coarse, scales
 
 
@@ -204,26 +205,34 @@ def _to_int4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     packed = torch.empty(outputs // block, inputs, block // 2, dtype=torch.int8, device=weight.device)
     scales = torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=weight.device)
-    for rows in _pieces(outputs, inputs, of=block):
-        some = weight[rows].float().unflatten(1, (-1, GROUP))  # (n, G, 64)
-        low, high = some.aminmax(dim=2)
+    for rows, some in _plain_pieces(weight, of=block):
+        groups = some.unflatten(1, (-1, GROUP))  # (n, G, 64)
+        low, high = groups.amin(2), groups.amax(2)
         scale = _above_zero((high - low) / INT4_LEVELS).bfloat16()
         zero = (low + INT4_MIDDLE * scale.float()).bfloat16()
-        levels = (some - zero[..., None].float()).div_(scale[..., None].float()).add_(INT4_MIDDLE)
-        levels = levels.round_().clamp_(0, INT4_LEVELS).to(torch.uint8).view(-1, 2, block // 2, inputs)
-        both = (levels[:, 0] | (levels[:, 1] << 4)).transpose(1, 2)  # (n/B, K, B/2)
+        groups.sub_(zero[..., None]).div_(scale[..., None]).add_(INT4_MIDDLE).round_().clamp_(0, INT4_LEVELS)
+        levels = some.to(torch.uint8).view(-1, 2, block // 2, inputs)
+        both = levels[:, 0].bitwise_or_(levels[:, 1] << 4).transpose(1, 2)  # (n/B, K, B/2)
         packed[rows.start // block : rows.stop // block] = both.view(torch.int8)
         scales[:, rows] = torch.stack([scale, zero], dim=-1).transpose(0, 1)
     return packed, scales
+
+
+def _plain_pieces(weight: Tensor, of: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """Some output channels after another in float32, all in one place: what is only passed through takes no memory."""
+    pieces = list(_pieces(*weight.shape, of=of, at_once=COARSE_AT_ONCE))
+    room = torch.empty(pieces[0].stop, weight.shape[1], dtype=torch.float32, device=weight.device)
+    for rows in pieces:
+        yield rows, room[: rows.stop - rows.start].copy_(weight[rows])
 
 
 def _above_zero(scale: Tensor) -> Tensor:
     return scale.clamp(min=torch.finfo(torch.bfloat16).tiny)  # zeros stay zeros
 
 
-def _pieces(outputs: int, inputs: int, of: int = 1) -> Iterator[slice]:
+def _pieces(outputs: int, inputs: int, of: int = 1, at_once: int = PLAIN_AT_ONCE) -> Iterator[slice]:
     """Some output channels after another, a multiple of so many each time, few enough to be held in float32."""
-    step = max(of, PLAIN_AT_ONCE // inputs // of * of)
+    step = max(of, at_once // inputs // of * of)
     return (slice(start, min(start + step, outputs)) for start in range(0, outputs, step))
 
 

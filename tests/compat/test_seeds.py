@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import snippets
 import torch
-
-import blip2
 
 
 @pytest.mark.parametrize("name", snippets.names())
@@ -31,16 +27,11 @@ def test_no_snippet_of_the_documents_is_left_out(document: str):
     assert [block[0] for block in missing] == []
 
 
-WITHOUT_QUANTIZE = pytest.mark.xfail(
-    "quantize" not in inspect.signature(blip2.load).parameters, reason="blip2.load has no quantize yet", strict=True
-)
 RUN = [*snippets.names("000_*"), *snippets.names("003_*"), *snippets.names("004_transformers_*")]
 
 
 @pytest.mark.usefixtures("hub", "photos")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=WITHOUT_QUANTIZE if name.endswith(("int8", "quantize")) else ()) for name in RUN]
-)
+@pytest.mark.parametrize("name", RUN)
 def test_a_snippet_runs(name: str, address: str, capsys: pytest.CaptureFixture[str]):
     left = snippets.run(name, address)
     printed = capsys.readouterr().out

@@ -61,6 +61,16 @@ def test_batches_are_the_same(pair: Pair, side: str, options: dict[str, Any]):
     same(pair[1](**arguments), pair[0](**arguments))
 
 
+def test_texts_are_cut_where_the_tokenizer_s_settings_say(folders: dict[str, Path], tmp_path: Path):
+    place = tmp_path / "short"
+    shutil.copytree(folders["t5"], place)
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    (place / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 8}))
+    theirs, ours = (of.Blip2Processor.from_pretrained(place) for of in (transformers, compat))
+    arguments = {"text": TEXTS, "padding": True, "truncation": True, "return_tensors": "pt"}
+    same(ours(**arguments), theirs(**arguments))
+
+
 def test_every_calling_order(pair: Pair):
     photo, text = picture(1), "a cat"
     expected = pair[0](images=photo, text=text, return_tensors="pt")

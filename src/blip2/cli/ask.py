@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli.console import note, one_line, open_model, result, result_json
-from blip2.cli.options import Chosen, Details, Device, Dtype, Image, Json, Model, writes
+from blip2.cli.options import Chosen, Details, Device, Dtype, Image, Json, Model, Quantize, writes
 from blip2.errors import PromptError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def ask(
     model: Model = "mini",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     options: Chosen,
 ) -> None:
     """Answer questions about an image.
@@ -47,7 +48,7 @@ def ask(
     ```
     """
     given = _choices(choices, options)
-    opened = open_model(model, device, dtype)
+    opened = open_model(model, device, dtype, quantize)
     features = opened.encode(image)
     for question in questions:
         text, found = _answer(opened, features, question, given, options)
@@ -85,6 +86,7 @@ def chat(
     model: Model = "mini",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     options: Chosen,
 ) -> None:
     """Talk about an image.
@@ -98,7 +100,7 @@ def chat(
     printf 'what is the man doing?\\nwhere is the man?\\n' | blip2 chat photo.jpg
     ```
     """
-    opened = open_model(model, device, dtype)
+    opened = open_model(model, device, dtype, quantize)
     talk = opened.chat(image)
     if sys.stdin.isatty():
         note(f"Ask about {image.name}. {HELP}")

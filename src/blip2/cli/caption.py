@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli.console import TASK, note, one_line, open_model, progress, result, result_json
-from blip2.cli.options import BatchSize, Chosen, Details, Device, Dtype, Json, Model, Paths, check_out, writes
+from blip2.cli.options import BatchSize, Chosen, Details, Device, Dtype, Json, Model, Paths, Quantize, check_out, writes
 from blip2.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def caption(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     options: Chosen,
 ) -> None:
     """Describe images: files, folders, patterns.
@@ -85,7 +86,7 @@ def caption(
     files = image.find_images(paths)
     if stream and (len(files) > 1 or num > 1):
         raise ConfigError("--stream writes one caption of one image")
-    opened = open_model(model, device, dtype)
+    opened = open_model(model, device, dtype, quantize)
     if stream:
         _stream(opened, files[0], prompt, keywords)
     elif to_files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -91,12 +92,13 @@ def progress(what: str, total: int | None) -> Generator[rich.progress.Progress]:
 TASK = rich.progress.TaskID(0)
 
 
-def open_model(name: str, device: str, dtype: str) -> Blip2:
+def open_model(name: str, device: str, dtype: str, quantize: str | None = None) -> Blip2:
     """`blip2.load`, with a word about it on a terminal."""
+    load = functools.partial(blip2.load, name, device=device, dtype=dtype, quantize=quantize)
     if not sys.stderr.isatty():
-        return blip2.load(name, device=device, dtype=dtype)
+        return load()
     with stderr().status(f"loading {name}"):
-        return blip2.load(name, device=device, dtype=dtype)
+        return load()
 
 
 def fail(error: Exception) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blip2.cli.console import TASK, note, open_model, progress
-from blip2.cli.options import BatchSize, Device, Dtype, Model, Paths, check_out
+from blip2.cli.options import BatchSize, Device, Dtype, Model, Paths, Quantize, check_out
 from blip2.errors import ConfigError
 from blip2.files import replacing
 
@@ -29,6 +29,7 @@ def embed(
     batch_size: BatchSize = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Write the vectors of images to a file.
 
@@ -48,7 +49,7 @@ def embed(
         raise ConfigError(f"{out}: write to a file that ends in {' or '.join(FORMATS)}")
     check_out(out)
     files = image.find_images(paths)
-    opened = open_model(model, device, dtype)
+    opened = open_model(model, device, dtype, quantize)
     done: list[str] = []
     vectors: list[NDArray[np.float32]] = []
     try:

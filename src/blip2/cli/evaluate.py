@@ -16,7 +16,7 @@ import rich.progress
 import typer
 
 from blip2.cli.console import open_model, stderr, table
-from blip2.cli.options import Device, Dtype, Model
+from blip2.cli.options import Device, Dtype, Model, Quantize
 
 if TYPE_CHECKING:
     from blip2.data.sources import Format, Sample
@@ -65,6 +65,7 @@ def retrieval(
     model: Model = "mini",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Find pictures by their captions and captions by their pictures: R@1, R@5 and R@10.
 
@@ -77,7 +78,7 @@ def retrieval(
     from blip2.evaluate.run import evaluate_retrieval
 
     with _bars() as progress:
-        found = evaluate_retrieval(open_model(model, device, dtype), samples, top=rerank, progress=progress)
+        found = evaluate_retrieval(open_model(model, device, dtype, quantize), samples, top=rerank, progress=progress)
     numbers = {
         f"{way} R@{depth} ({name.upper()})": estimate
         for name, recall in found.items()
@@ -99,6 +100,7 @@ def captions(
     model: Model = "mini",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Caption each picture and compare with its own captions: BLEU, METEOR, ROUGE-L, CIDEr.
 
@@ -112,7 +114,7 @@ def captions(
 
     with _bars() as progress:
         numbers, written = evaluate_captions(
-            open_model(model, device, dtype), samples, num_beams=num_beams, progress=progress
+            open_model(model, device, dtype, quantize), samples, num_beams=num_beams, progress=progress
         )
     texts = [{"id": sample.id, "caption": text} for sample, text in zip(samples, written, strict=True)]
     _show(numbers)
@@ -133,6 +135,7 @@ def answers(
     model: Model = "mini",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Answer the questions about each picture: accuracy by kind, beside what the most frequent answer gets.
 
@@ -146,7 +149,7 @@ def answers(
 
     with _bars() as progress:
         found, given = evaluate_answers(
-            open_model(model, device, dtype), samples, num_beams=num_beams, progress=progress
+            open_model(model, device, dtype, quantize), samples, num_beams=num_beams, progress=progress
         )
     asked = [(sample.id, *pair) for sample in samples for pair in sample.questions]
     texts = [

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blip2.cli.console import listing, open_model, result_json
-from blip2.cli.options import Device, Dtype, Json, Model
+from blip2.cli.options import Device, Dtype, Json, Model, Quantize
 
 
 def match(
@@ -19,6 +19,7 @@ def match(
     model: Model = "mini",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Tell how well images and texts fit.
 
@@ -30,7 +31,7 @@ def match(
     blip2 match holiday/*.jpg -t "a sunset" --json
     ```
     """
-    found = open_model(model, device, dtype).match(images, text)
+    found = open_model(model, device, dtype, quantize).match(images, text)
     rows = [
         (str(image), words, itm, itc)
         for image, probabilities, cosines in zip(images, found.itm.tolist(), found.itc.tolist(), strict=True)

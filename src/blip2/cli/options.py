@@ -24,6 +24,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_h
 Dtype = Annotated[
     str, typer.Option(help="Of the frozen parts: auto, float32, bfloat16, float16.", rich_help_panel="Machine")
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the frozen parts' blocks: int8 or int4 weights.", rich_help_panel="Machine", show_default=False
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images in one pass.", rich_help_panel="Machine")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line instead of text.")]
 Details = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blip2.cli.console import TASK, listing, note, open_model, progress, result_json
-from blip2.cli.options import BatchSize, Device, Dtype, Json, Model
+from blip2.cli.options import BatchSize, Device, Dtype, Json, Model, Quantize
 from blip2.errors import ImageError, PromptError
 
 Folder = Annotated[
@@ -31,6 +31,7 @@ def search(
     batch_size: BatchSize = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Find pictures in a folder.
 
@@ -50,7 +51,7 @@ def search(
         raise ImageError(f"{folder}: is no folder; search takes one folder, with all below it")
     from blip2 import search as index_of
 
-    opened = open_model(model, device, dtype)
+    opened = open_model(model, device, dtype, quantize)
     with progress("images", None) as bars:
         index = index_of.folder_index(
             opened,

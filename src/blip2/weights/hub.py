@@ -25,6 +25,7 @@ def download(
     token: str | None = None,
     offline: bool = False,
     cache: str | Path | None = None,
+    weights: bool = True,
 ) -> Path:
     """The directory of a model in the hub's cache, downloaded where it is not there yet.
 
@@ -34,6 +35,7 @@ def download(
         token: of a user with access to it; the one that is logged in where None.
         offline: take what the cache has, ask nobody; so does the environment variable HF_HUB_OFFLINE=1.
         cache: where the cache is; its usual place where None.
+        weights: False for configuration and tokenizer alone.
     Raises:
         CheckpointError: no such model or revision, no access, no network, or not in the cache.
     """
@@ -41,10 +43,12 @@ def download(
     if revision and named_revision and revision != named_revision:
         raise ConfigError(f"{name}: two revisions, {named_revision} and {revision}")
     revision = revision or named_revision or None
-    for weights in (_SAFE, _PICKLED):
-        where = {"revision": revision, "token": token, "local_files_only": offline, "cache_dir": cache}
-        place = _snapshot(name, where, [*_SMALL, *weights])
-        if any(match for pattern in weights for match in place.glob(pattern)):
+    where = {"revision": revision, "token": token, "local_files_only": offline, "cache_dir": cache}
+    if not weights:
+        return _snapshot(name, where, _SMALL)
+    for files in (_SAFE, _PICKLED):
+        place = _snapshot(name, where, [*_SMALL, *files])
+        if any(match for pattern in files for match in place.glob(pattern)):
             return place
     raise CheckpointError(f"{name}: the hub has neither safetensors, .bin nor .pdparams of it")
 

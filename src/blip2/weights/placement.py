@@ -1,7 +1,8 @@
 """Where the blocks of a model lie: on devices that compute them, or in memory and on disk until they are run.
 
 A block is a layer of the frozen image encoder or of the frozen language model. Everything else (embeddings, norms,
-head, the bridge) lies on the device that the model computes on. What comes out of a block comes back to that device.
+head, the bridge) lies on the device that the model computes on. What comes out of a block comes back to that device;
+keys and values stay with their block.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Place = torch.device | Literal["disk"]
 DeviceMap = Literal["auto"] | Mapping[str, str | int]
 FROZEN = ("vision", "language")  # the parts that have blocks
 SPARE = 0.1  # of free memory, left for activations and caches
-METHODS = ("forward", "keys_values")  # what is called of a block
+METHODS = {"forward": True, "keys_values": False}  # what is called of a block, and whether it comes back: keys stay
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,15 @@ class Home:
             held = place == DISK or torch.device(place).type == "cpu"
             if held and self.device.type == "cpu":
                 continue  # it computes where it lies, the system brings what is on disk
-            for method in METHODS:
-                if hasattr(block, method):
-                    run = getattr(block, method)
-                    there = _brought(block, run, self.device) if held else _sent(run, torch.device(place), self.device)
-                    setattr(block, method, there)
+            for method, back in METHODS.items():
+                if not hasattr(block, method):
+                    continue
+                run = getattr(block, method)
+                if held:
+                    there = _brought(block, run, self.device)
+                else:
+                    there = _sent(run, torch.device(place), self.device if back else None)
+                setattr(block, method, there)
 
 
 def check_map(given: Any) -> DeviceMap | None:
@@ -167,12 +172,13 @@ def _named(blocks: Mapping[str, int], device: torch.device, device_map: Mapping[
     return places
 
 
-def _sent(run: Callable[..., Any], there: torch.device, home: torch.device) -> Callable[..., Any]:
-    """A method that runs on another device."""
+def _sent(run: Callable[..., Any], there: torch.device, home: torch.device | None) -> Callable[..., Any]:
+    """A method that runs on another device; what it gives comes home, or stays there."""
 
     @functools.wraps(run)
     def call(*values: Any) -> Any:
-        return _moved(run(*_moved(values, there)), home)
+        found = run(*_moved(values, there))
+        return found if home is None else _moved(found, home)
 
     return call
 

@@ -50,7 +50,15 @@ class Stacked:
     shares: tuple[int, ...]
 
     def join(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """One tensor, along the first dimension."""
+        """One tensor, along the first dimension.
+
+        Raises:
+            RuntimeError: they do not go together.
+        """
+        if theirs[0].is_meta:  # `torch.cat` would import torch's compiler for it, a second and a half
+            if len({tensor.shape[1:] for tensor in theirs}) > 1:
+                raise RuntimeError("of different widths")
+            return [theirs[0].new_empty(sum(map(len, theirs)), *theirs[0].shape[1:])]
         return [torch.cat(list(theirs))]
 
     def split(self, ours: Sequence[Tensor]) -> Sequence[Tensor]:

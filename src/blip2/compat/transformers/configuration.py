@@ -14,6 +14,7 @@ import blip2
 from blip2 import config
 from blip2.compat.transformers import places
 from blip2.errors import ConfigError
+from blip2.quantize import Scheme
 from blip2.weights.maps import transformers_config as keys
 from blip2.weights.transformers import read_json
 
@@ -220,7 +221,7 @@ class BitsAndBytesConfig:
             setattr(self, name, value)
 
     @property
-    def quantize(self) -> str | None:
+    def quantize(self) -> Scheme | None:
         """What `blip2.load` calls it: `int8`, `int4` or None."""
         return "int8" if self.load_in_8bit else "int4" if self.load_in_4bit else None
 

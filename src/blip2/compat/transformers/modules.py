@@ -5,6 +5,7 @@ Letters: B rows, N positions, P patches, Q queries, D width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from blip2.blip2 import Blip2
 from blip2.compat.transformers import places
 from blip2.compat.transformers.configuration import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
 from blip2.compat.transformers.outputs import BaseModelOutputWithPooling, ModelOutput
 from blip2.config import VisionConfig
-from blip2.errors import ConfigError
-from blip2.model.bridge import Bridge
+from blip2.errors import ConfigError, PromptError
+from blip2.files import replacing
 from blip2.model.qformer import QFormer
 from blip2.model.vision import VisionTransformer
+from blip2.weights import transformers as format
 
 
 class PreTrainedModel(nn.Module):
@@ -196,9 +199,18 @@ class Blip2QFormerModel(PreTrainedModel):
         return given(found, return_dict)
 
     def embeddings(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Words and positions of a text, int64[B, T]: float[B, T, D], not normed yet."""
+        """Words and positions of a text, int64[B, T]: float[B, T, D], not normed yet.
+
+        Raises:
+            PromptError: an id that the Q-Former does not know, or more of them than it has positions.
+        """
         qformer = self.transformer
         where = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+        words, longest = qformer.words.num_embeddings, qformer.positions.num_embeddings
+        if int(ids.max()) >= words:
+            raise PromptError(f"input_ids hold {int(ids.max())}, and the Q-Former has {words} tokens")
+        if int(where.max()) >= longest:
+            raise PromptError(f"a text of {ids.shape[1]} tokens, and the Q-Former has {longest} positions: cut it")
         return qformer.words(ids) + qformer.positions(where)
 
 
@@ -207,11 +219,27 @@ class Seeing(PreTrainedModel):
 
     config: Blip2Config
 
-    def __init__(self, config: Blip2Config, encoder: VisionTransformer, bridge: Bridge) -> None:
+    def __init__(self, config: Blip2Config, model: Blip2) -> None:
         super().__init__()
+        assert isinstance(model.encoder, VisionTransformer)
         self.config = config
-        self.vision_model = Blip2VisionModel(config.vision_config, (encoder, bridge.vision_norm))
-        self.qformer = Blip2QFormerModel(config.qformer_config, bridge.qformer)
+        self.vision_model = Blip2VisionModel(config.vision_config, (model.encoder, model.bridge.vision_norm))
+        self.qformer = Blip2QFormerModel(config.qformer_config, model.bridge.qformer)
+        self._model = model
+
+    def save_pretrained(self, directory: str | Path, **words: Any) -> None:
+        """Write what `from_pretrained` reads, here and in transformers.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        places.refuse(words, "save_pretrained")
+        place = Path(directory)
+        format.save(self._model, place)
+        written = format.read_json(place / "config.json")
+        same = {name: written[name] for name in ("architectures", "dtype")}  # of the weights as they are now
+        with replacing(place / "config.json") as partial:
+            partial.write_text(json.dumps({**self.config.to_dict(), **same}, indent=2, sort_keys=True) + "\n")
 
     @property
     def query_tokens(self) -> Tensor:

@@ -78,12 +78,15 @@ class LanguageModelOutput(ModelOutput):
         logits: float32[B, T, V].
         hidden_states: of a decoder-only model, where asked for.
         encoder_last_hidden_state: float[B, S, D], of an encoder-decoder.
+        decoder_hidden_states, encoder_hidden_states: of an encoder-decoder, where asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     hidden_states: Tensors | None = None
+    decoder_hidden_states: Tensors | None = None
     encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: Tensors | None = None
 
 
 @dataclass

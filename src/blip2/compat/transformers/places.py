@@ -11,8 +11,9 @@ import torch
 import blip2
 from blip2.blip2 import Blip2
 from blip2.device import half_dtype
-from blip2.errors import ConfigError
-from blip2.weights import hub, paddle
+from blip2.errors import CheckpointError, ConfigError
+from blip2.quantize import Scheme
+from blip2.weights import hub, paddle, transformers
 from blip2.weights.maps import transformers_config as keys
 from blip2.weights.transformers import read_json
 
@@ -20,16 +21,33 @@ from blip2.weights.transformers import read_json
 WITHOUT_EFFECT = frozenset(
     (
         "low_cpu_mem_usage", "use_fast", "trust_remote_code", "use_safetensors", "weights_only", "resume_download",
-        "attn_implementation", "_attn_implementation", "ignore_mismatched_sizes", "output_attentions",
+        "attn_implementation",
     )
 )  # fmt: skip
+# Words that blip2 has not, at the value at which they ask for nothing.
+SETTLED: Mapping[str, Any] = {
+    "force_download": False, "output_loading_info": False, "ignore_mismatched_sizes": False, "push_to_hub": False,
+    "safe_serialization": True, "variant": None, "proxies": None, "state_dict": None, "max_memory": None,
+    "offload_folder": None, "subfolder": "",
+}  # fmt: skip
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None)
 WHERE = frozenset(("revision", "token", "use_auth_token", "local_files_only", "cache_dir"))
 
+BLOCKS = {  # what has blocks, by transformers' names and ours
+    "vision_model.encoder.layers": "vision.blocks",
+    "vision_model": "vision",
+    "language_model.model.decoder.layers": "language.layers",
+    "language_model.encoder.block": "language.encoder",
+    "language_model.decoder.block": "language.decoder",
+    "language_model": "language",
+}
 
-def find(name: str | Path, **where: Any) -> Path:
+
+def find(name: str | Path, *, weights: bool = False, **where: Any) -> Path:
     """The directory of a model: itself, or the hub's cache, downloaded where it is not there yet.
 
     Args:
+        weights: False for configuration and tokenizer alone.
         where: revision, token (or use_auth_token), local_files_only, cache_dir.
     Raises:
         CheckpointError: no such model.
@@ -46,14 +64,15 @@ def find(name: str | Path, **where: Any) -> Path:
         token=token if isinstance(token, str) else None,  # True is the one that is logged in, which is the rule
         offline=bool(known.get("local_files_only")),
         cache=known.get("cache_dir"),
+        weights=weights,
     )
 
 
 def refuse(words: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError where a word is left that has a meaning in transformers and none here."""
-    left = sorted(word for word, value in words.items() if word not in WITHOUT_EFFECT and value not in (None, False))
-    if left:
-        raise ConfigError(f"{where}: blip2 has no {left[0]!r}; leave it out")
+    for word, value in words.items():
+        if word not in WITHOUT_EFFECT and (word not in SETTLED or value != SETTLED[word]):
+            raise ConfigError(f"{where}: blip2 has no {word!r}; leave it out")
 
 
 def load(name: str | Path, **words: Any) -> tuple[Blip2, dict[str, Any], Path]:
@@ -69,22 +88,24 @@ def load(name: str | Path, **words: Any) -> tuple[Blip2, dict[str, Any], Path]:
     where = {key: words.pop(key) for key in list(words) if key in WHERE}
     dtype = words.pop("dtype", None) or words.pop("torch_dtype", None)
     words.pop("torch_dtype", None)
-    device = device_of(words.pop("device_map", None))
+    device, device_map = spread(words.pop("device_map", None))
     quantize = quantize_of(words)
+    if words.get("attn_implementation") not in ATTENTIONS:
+        raise ConfigError(f"attn_implementation {words['attn_implementation']!r} is none of {ATTENTIONS[:-1]}")
     refuse(words, "from_pretrained")
-    directory = find(name, **where)
+    directory = find(name, weights=True, **where)
     values = read_json(directory / "config.json")
-    options: dict[str, Any] = {"device": device, "dtype": dtype_of(dtype, values, device)}
-    if quantize is not None:
-        options["quantize"] = quantize
-    model = blip2.load(directory, **options)
+    if not (transformers.holds(directory) or paddle.holds(directory)):
+        raise CheckpointError(f"{directory}: no model of transformers or PaddleNLP; blip2.load reads blip2's own")
+    precision = dtype_of(dtype, values, device)
+    model = blip2.load(directory, device=device, dtype=precision, quantize=quantize, device_map=device_map)
     if paddle.holds(directory):
         tokenizer = model.tokenizer
         values = keys.values(model.config, stop_ids=tokenizer.stop_ids if tokenizer else ())
     return model, values, directory
 
 
-def quantize_of(words: dict[str, Any]) -> str | None:
+def quantize_of(words: dict[str, Any]) -> Scheme | None:
     """`int8`, `int4` or None; the words that say so are taken out."""
     given = words.pop("quantization_config", None)
     eight, four = bool(words.pop("load_in_8bit", False)), bool(words.pop("load_in_4bit", False))
@@ -105,22 +126,38 @@ def _named(values: Mapping[str, Any], name: str) -> Any:
     return values.get(name, values.get(f"_{name}"))
 
 
-def device_of(device_map: Any) -> str:
-    """What `blip2.load` calls the device of a `device_map`; without one the CPU, as in transformers.
+def spread(device_map: Any) -> tuple[str, Any]:
+    """What `blip2.load` calls the device and the places of a `device_map`; without one the CPU, as in transformers.
 
-    Raises:
-        ConfigError: a map of parts to several devices.
+    Args:
+        device_map: `auto` and its kin; one device; or places by transformers' names of modules. Modules that are no
+            blocks lie on the first CUDA device that is named, or on the CPU.
     """
     if device_map is None:
-        return "cpu"
+        return "cpu", None
     if isinstance(device_map, Mapping):
-        places = {str(device_of(place)) for place in device_map.values()}
-        if len(places) != 1:
-            raise ConfigError(f"device_map {device_map}: name one device, or 'auto'")
-        return places.pop()
+        named = {name: _place(place) for name, place in cast("Mapping[str, Any]", device_map).items()}
+        if len(set(named.values())) == 1:
+            return next(iter(named.values())), None
+        device = next((place for place in named.values() if place.startswith("cuda")), "cpu")
+        ours = {_block(name): place for name, place in named.items()}
+        return device, {name: place for name, place in ours.items() if name is not None}
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return "auto"
-    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
+        return "auto", "auto"
+    return _place(device_map), None
+
+
+def _place(place: Any) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
+
+
+def _block(name: str) -> str | None:
+    """Our name of a module that has blocks or is one, None for others."""
+    for theirs, ours in BLOCKS.items():
+        if name == theirs or name.startswith(f"{theirs}."):
+            rest = name.removeprefix(theirs)
+            return ours + rest if not rest or rest[1:].isdigit() else None
+    return None
 
 
 def dtype_of(dtype: Any, values: Mapping[str, Any], device: str) -> str:

@@ -114,13 +114,19 @@ def read(language: Decoder, prompt: Prompt, states: bool | None) -> LanguageMode
     return LanguageModelOutput(logits=language.logits(hidden[-1]), hidden_states=tuple(hidden) if states else None)
 
 
-def answer(language: T5, prompt: Prompt, targets: Tensor) -> LanguageModelOutput:
+def answer(language: T5, prompt: Prompt, targets: Tensor, states: bool | None) -> LanguageModelOutput:
     """Logits of an encoder-decoder after each of the targets, int64[B, T]."""
     rows, lengths, order = prompt.packed()
-    encoded = language.encode(rows, lengths)
-    logits = language.logits(language.write(targets, language.remember(encoded, lengths)))
-    back = pick(encoded, order.argsort(1)) * prompt.mask[..., None]
-    return LanguageModelOutput(logits=logits, encoder_last_hidden_state=back)
+    with recorded(language.encoder, states) as read:
+        encoded = language.encode(rows, lengths)
+    with recorded(language.decoder, states) as written:
+        hidden = language.write(targets, language.remember(encoded, lengths))
+    back = order.argsort(1)
+    seen = [pick(each, back) * prompt.mask[..., None] for each in [*read[:-1], encoded]]
+    found = LanguageModelOutput(logits=language.logits(hidden), encoder_last_hidden_state=seen[-1])
+    if states:
+        found.encoder_hidden_states, found.decoder_hidden_states = tuple(seen), (*written[:-1], hidden)
+    return found
 
 
 def respond(language: Any, prompt: Prompt, words: dict[str, Any], states: bool | None) -> LanguageModelOutput:
@@ -146,7 +152,7 @@ def respond(language: Any, prompt: Prompt, words: dict[str, Any], states: bool |
     if targets is None:
         start = of(labels).new_full((len(of(labels)), 1), language.start_id)
         targets = torch.cat([start, of(labels)[:, :-1].clamp(min=0)], dim=1)
-    found = answer(language, prompt, targets)
+    found = answer(language, prompt, targets, states)
     found.loss = None if labels is None else _loss(of(found.logits), labels)
     return found
 

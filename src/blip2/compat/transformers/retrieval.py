@@ -6,7 +6,7 @@ Letters: B rows, N images, M texts, Q queries, T text positions, E width of the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,6 @@ from blip2.compat.transformers.outputs import (
 from blip2.compat.transformers.writing import PLACES, random
 from blip2.errors import ConfigError, PromptError
 from blip2.model.heads import StageOneHeads
-from blip2.model.vision import VisionTransformer
-from blip2.weights import transformers as format
 from blip2.weights.maps import transformers as maps
 
 HEADS = {**PLACES, "bridge.heads.": "heads."}
@@ -45,9 +43,8 @@ class Matching(Seeing):
         model = model or random(config, retrieves=True)
         if model.bridge.heads is None:
             raise ConfigError("this model writes, but does not match or embed: use Blip2ForConditionalGeneration")
-        super().__init__(config, cast("VisionTransformer", model.encoder), model.bridge)
+        super().__init__(config, model)
         self.heads: StageOneHeads = model.bridge.heads
-        self._model = model
         speak(self, HEADS, maps.blip2(model.config), maps.BESIDE)
 
     @classmethod
@@ -55,12 +52,6 @@ class Matching(Seeing):
         """From a directory or a name on the hub; `words` as of `places.load`."""
         model, values, _ = places.load(name, **words)
         return cls(Blip2Config.from_dict(values), model).eval()
-
-    def save_pretrained(self, directory: str | Path, **words: Any) -> None:
-        """Write the whole model as `from_pretrained` reads it, here and in transformers."""
-        places.refuse(words, "save_pretrained")
-        format.save(self._model, Path(directory))
-        self.config.save_pretrained(directory)
 
     def words(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """A text without the placeholders before it, and its mask; int64[B, T] and bool[B, T].

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 IMAGE_TOKEN = "<image>"
 CONFIG = "tokenizer_config.json"
+ENDLESS = 10**9  # a longest text of so many tokens is none
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -62,13 +63,12 @@ class Tokenizer:
         model = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
         text: dict[str, Any] = model.get("text_config") or {}
         t5 = text.get("model_type") == "t5"
-        begin, end = text.get("bos_token_id"), text.get("eos_token_id")
-        pad = text.get("pad_token_id")
+        begin, end, pad = (_one(text.get(f"{role}_token_id")) for role in ("bos", "eos", "pad"))
         found = vocabulary.read(directory, bos=None, pad=0, stop_ids=())
-        frame = ([], [1 if end is None else int(end)]) if t5 else ([2 if begin is None else int(begin)], [])
+        frame = ([], [1 if end is None else end]) if t5 else ([2 if begin is None else begin], [])
         if "text_config" not in model or "Blip2ForImageTextRetrieval" in (model.get("architectures") or ()):
             frame = ([], [])
-        return cls(found.rust, values, frame, pad=(0 if t5 else 1) if pad is None else int(pad))
+        return cls(found.rust, values, frame, pad=(0 if t5 else 1) if pad is None else pad)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`."""
@@ -114,6 +114,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         """Ids of each text in its frame, cut on the right where asked for."""
         before, after = (self.before, self.after) if special else ([], [])
+        if truncation and max_length is None and (longest := int(self.values.get("model_max_length") or 0)) < ENDLESS:
+            max_length = longest or None
         room = max_length - len(before) - len(after) if truncation and max_length is not None else None
         encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
         return [[*before, *encoding.ids[:room], *after] for encoding in encodings]
@@ -192,6 +194,12 @@ def texts_of(text: str | Sequence[str]) -> list[str]:
     if not texts or not all(isinstance(each, str) for each in texts):
         raise PromptError("text: give a string, or a list of strings")
     return texts
+
+
+def _one(ids: Any) -> int | None:
+    """A special token's id, the first where there are several."""
+    found = ids[0] if isinstance(ids, list) and ids else ids
+    return found if isinstance(found, int) else None
 
 
 def _template(rust: tokenizers.Tokenizer) -> tuple[list[int], list[int]] | None:

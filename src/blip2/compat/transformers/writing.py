@@ -5,6 +5,7 @@ Letters: B rows, N images, Q queries, S positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
@@ -23,12 +24,14 @@ from blip2.compat.transformers.outputs import BaseModelOutputWithPooling, Blip2F
 from blip2.compat.transformers.tokens import IMAGE_TOKEN
 from blip2.config import VisionConfig
 from blip2.errors import ConfigError
+from blip2.files import replacing
 from blip2.model.bridge import Bridge
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.weights import transformers as format
 from blip2.weights.maps import transformers as maps
 
+ENDS = "generation_config.json"
 PLACES = {  # where our parts lie in a model of this kind
     "vision.": "vision_model.transformer.",
     "bridge.vision_norm.": "vision_model.post_layernorm.",
@@ -52,11 +55,10 @@ class Writing(Seeing):
         model = model or random(config)
         if model.language is None or model.bridge.language_projection is None:
             raise ConfigError("this model matches and embeds, but does not write: use Blip2ForImageTextRetrieval")
-        super().__init__(config, cast("VisionTransformer", model.encoder), model.bridge)
+        super().__init__(config, model)
         self.language_projection = model.bridge.language_projection
         self.language_model = cast("nn.Module", model.language)
         self.generation_config = GenerationConfig()
-        self._model = model
         speak(self, PLACES, maps.blip2(model.config), maps.BESIDE)
 
     @classmethod
@@ -70,16 +72,18 @@ class Writing(Seeing):
         """
         model, values, directory = places.load(name, **words)
         found = cls(Blip2Config.from_dict(values), model)
-        ends = directory / "generation_config.json"
+        ends = directory / ENDS
         if ends.is_file():
             found.generation_config.update(**format.read_json(ends))
         return found.eval()
 
     def save_pretrained(self, directory: str | Path, **words: Any) -> None:
         """Write what `from_pretrained` reads, here and in transformers."""
-        places.refuse(words, "save_pretrained")
-        format.save(self._model, Path(directory))
-        self.config.save_pretrained(directory)
+        super().save_pretrained(directory, **words)
+        ends = Path(directory) / ENDS
+        values = {**format.read_json(ends), **self.generation_config.to_dict()}
+        with replacing(ends) as partial:
+            partial.write_text(json.dumps(values, indent=2) + "\n")
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's words."""

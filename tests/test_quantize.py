@@ -1,0 +1,166 @@
+"""int8 and int4 weights: right whatever multiplies them, outliers kept, rows apart, gradients there.
+
+Tolerances: int8 activations are two halves, 16 bits of a row's largest value: 1e-3 where an outlier is 60 times the
+rest. The other kernels sum in bfloat16: 1e-2.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2 import quantize
+from blip2.errors import ConfigError
+from blip2.quantize import GROUP, Int4Linear, Int8Linear, QuantLinear, quantized
+
+CPU = torch.device("cpu")
+DEVICES = [
+    CPU,
+    pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")),
+]
+OUTLIERS = {3: 60.0, 40: 45.0, 101: 50.0}  # channels, and how many times the rest
+
+
+@pytest.fixture(params=["as found", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With what this machine multiplies with, and with nothing but plain weights."""
+    if request.param == "plain":
+        monkeypatch.setattr(quantize, "multiplies_whole_numbers", lambda _: False)
+        monkeypatch.setattr(quantize, "reads_int8", lambda: False)
+        monkeypatch.setattr(quantize, "reads_int4", lambda: None)
+    return request.param
+
+
+def linear(outputs: int = 192, inputs: int = 128, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(2)
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    layer.weight[7] *= 30  # an output channel of its own size
+    layer.weight[9] = 0
+    return layer
+
+
+def activations(rows: int, inputs: int = 128, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
+    for channel, times in OUTLIERS.items():
+        x[:, channel] *= times
+    return x.to(dtype)
+
+
+def weights(layer: QuantLinear) -> Tensor:
+    return torch.cat(list(layer.plain(torch.float32)))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("scheme", "tolerance"), [("int8", 1e-3), ("int4", 1e-2)])
+@pytest.mark.parametrize("rows", [1, 5, 40, 257])
+def test_activations_with_outliers_meet_the_coarse_weights_themselves(
+    kernels: str, scheme: quantize.Scheme, tolerance: float, rows: int, device: torch.device
+):
+    layer = quantized(linear().to(device), linear().weight.to(device), scheme, device)
+    x = activations(rows).to(device)
+    expected = F.linear(x, weights(layer), layer.bias)
+    assert relative(layer(x), expected) < (tolerance if kernels == "as found" else 1e-2)
+    half = layer(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert relative(half, expected) < 1e-2
+
+
+def test_int8_is_half_a_step_of_each_output_channel_and_int4_of_each_group():
+    plain = linear().weight
+    int8, int4 = (quantized(linear(), plain, scheme, CPU) for scheme in quantize.SCHEMES)
+    assert isinstance(int8, Int8Linear)
+    assert isinstance(int4, Int4Linear)
+    step = plain.abs().amax(1) / 127
+    assert ((weights(int8) - plain).abs() <= step[:, None] * 0.501).all()
+    groups = plain.view(len(plain), -1, GROUP)
+    step = (groups.amax(2) - groups.amin(2)) / 15
+    error = (weights(int4).view_as(groups) - groups).abs()
+    assert (error <= step[..., None] * 0.58 + 1e-9).all()  # scale and zero are rounded to bfloat16: 2**-8 of 8 steps
+    assert (weights(int8)[9] == 0).all()
+    assert (weights(int4)[9].abs() < 1e-30).all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours(kernels: str):
+    layer = quantized(linear(), linear().weight, "int8", CPU)
+    x = activations(6)
+    together = layer(x)
+    x[1:] *= 1000
+    if kernels == "as found" and quantize.multiplies_whole_numbers("cpu"):
+        assert torch.equal(layer(x)[0], together[0])  # sums of whole numbers, the same in any batch
+    torch.testing.assert_close(layer(x)[0], together[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", quantize.SCHEMES)
+def test_the_gradient_is_that_of_the_plain_weights(scheme: quantize.Scheme):
+    layer = quantized(linear(), linear().weight, scheme, CPU)
+    x = activations(5).requires_grad_()
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    y = activations(5).requires_grad_()
+    F.linear(y, weights(layer), layer.bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_int4_takes_int8_where_its_groups_do_not_fit():
+    assert isinstance(quantized(linear(192, 100), linear(192, 100).weight, "int4", CPU), Int8Linear)
+    assert isinstance(quantized(linear(100, 128), linear(100, 128).weight, "int4", CPU), Int8Linear)
+
+
+def test_size_counts_what_lies_in_memory():
+    for scheme in quantize.SCHEMES:
+        for shape in ((192, 128), (100, 128)):
+            layer = quantized(linear(*shape, bias=False), linear(*shape).weight, scheme, CPU)
+            size = sum(tensor.nbytes for tensor in layer.state_dict().values())
+            assert quantize.coarse_size(torch.Size(shape), scheme) == size
+
+
+def test_nan_and_infinity_are_not_hidden():
+    layer = quantized(linear(), linear().weight, "int8", CPU)
+    for value in (float("nan"), float("inf")):
+        x = activations(3)
+        x[1, 5] = value
+        found = layer(x)
+        assert not found[1].isfinite().any()
+        assert found[[0, 2]].isfinite().all()
+
+
+def test_a_kernel_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    def missing() -> bool:
+        return torch.ops.aten._no_such_kernel(torch.zeros(1))
+
+    assert not quantize._tried(missing)
+    assert quantize._tried(lambda: True)
+    right = torch.ops.aten._int_mm
+    quantize.multiplies_whole_numbers.cache_clear()
+    monkeypatch.setattr(torch.ops.aten, "_int_mm", lambda x, y: right(x, y).clamp(-(2**15), 2**15 - 1))
+    assert not quantize.multiplies_whole_numbers("cpu")
+    quantize.multiplies_whole_numbers.cache_clear()
+
+
+def test_few_rows_by_the_kernel_of_cpus_without_vnni(monkeypatch: pytest.MonkeyPatch):
+    if not quantize.reads_int8():
+        pytest.skip("this torch has no such kernel")
+    monkeypatch.setattr(quantize, "multiplies_whole_numbers", lambda _: False)
+    layer = quantized(linear(), linear().weight, "int8", CPU)
+    for rows in (quantize.FEW, quantize.FEW + 1):
+        x = activations(rows)
+        assert relative(layer(x), F.linear(x, weights(layer), layer.bias)) < 1e-2
+
+
+def test_only_linear_layers_in_blocks_become_coarse():
+    module = nn.ModuleDict({"head": linear(), "layers": nn.ModuleList([nn.ModuleDict({"up": linear()})])})
+    quantize.quantize_layers(module, "int8", CPU)
+    kinds = {name: type(child) for name, child in module.named_modules() if name.endswith(("head", "up"))}
+    assert kinds == {"head": nn.Linear, "layers.0.up": Int8Linear}
+
+
+def test_an_unknown_scheme_lists_the_known():
+    with pytest.raises(ConfigError, match="quantize 'int3' is none; use int8 or int4"):
+        quantize.check_scheme("int3")
+    assert quantize.check_scheme(None) is None
