@@ -71,10 +71,11 @@ def save(model: Any, directory: Path, first: Sequence[str] = (), **options: Any)
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def loaded(whole: Any, place: Path) -> tuple[Any, Blip2]:
+def loaded(whole: Any, place: Path, *, scrambled: bool = True) -> tuple[Any, Blip2]:
     """Their model of a configuration, which writes until token 1, and ours from the directory that theirs saved."""
     theirs = transformers.Blip2ForConditionalGeneration(whole).eval()
-    scramble(theirs)
+    if scrambled:
+        scramble(theirs)
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = 1, 0
     save(theirs, place)
     again = transformers.Blip2ForConditionalGeneration.from_pretrained(place).eval()

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from published import config, loaded, opt, pictures, pixels, t5
 from scipy.stats import chi2
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from blip2.blip2 import Blip2
 from blip2.generate import BeamSample, Limits, Sample, Tokens, beam, generate, schedule
 from blip2.generate.sample import FORBIDDEN
 from blip2.model import prefix
+from published import config, loaded, opt, pictures, pixels, t5
 
 DRAWS = 4000
 SURE = 0.001  # a right sampler fails one such count in a thousand; with fixed seeds it is the same one for ever
