@@ -111,16 +111,23 @@ class Blip2:
             prompt: what the caption starts from; the model's own where None.
             stream: give an iterator of text pieces of one image, greedy or drawn.
             details: give `Generation`s with tokens and log-probabilities instead of `str`s.
-            options: how the text is chosen, see `Decoding`; five beams by default, one for a stream.
+            options: how the text is chosen, see `Decoding`; five beams by default, one for a stream, and what the
+                model's own `config.captions` says.
         Returns:
             A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each.
         """
         words = self.config.prompts.caption if prompt is None else prompt
         single = not _is_list(images)
         features = self.encode(images)
+        own = self.config.captions
+        decoding = Decoding.of(
+            options,
+            num_beams=1 if stream else BEAMS,
+            length_penalty=own.length_penalty,
+            no_repeat_ngram=own.no_repeat_ngram,
+        )
         if stream:
-            return self._stream(features, words, Decoding.of(options), details)
-        decoding = Decoding.of(options, num_beams=BEAMS)
+            return self._stream(features, words, decoding, details)
         found = self.write(features, [words] * len(features), decoding)
         return _unwrap(_present(found, details, decoding), single)
 

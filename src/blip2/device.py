@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from blip2.errors import ConfigError
@@ -63,6 +65,14 @@ def half_dtype(device: torch.device) -> torch.dtype:
     with torch.cuda.device(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated, it is slower than float32
     return torch.bfloat16 if native else torch.float16
+
+
+def computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device computes a half precision itself; a CPU that does not is slower in it than in float32."""
+    if device.type != "cpu":
+        return True
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
+    return dtype is torch.bfloat16 and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _unknown(name: str) -> ConfigError:
