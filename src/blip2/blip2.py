@@ -238,9 +238,9 @@ class Blip2:
     def _grouped(self, images: Shown) -> tuple[ImageFeatures, list[int]]:
         """All images encoded, and how many of them each prompt has."""
         if isinstance(images, list | tuple) and any(isinstance(item, list | tuple | ImageFeatures) for item in images):
-            parts = [self.encode(cast("Images", item)) for item in images]
+            parts = [self.encode(item) for item in images]
             return ImageFeatures.concatenate(parts), [len(part) for part in parts]
-        features = self.encode(images)
+        features = self.encode(cast("Images", images))
         return features, [1] * len(features)
 
     def _prefix(

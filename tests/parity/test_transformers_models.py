@@ -276,6 +276,6 @@ def test_saving_over_another_model_leaves_nothing_of_it(
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 33}')
     format.save(ours, tmp_path, shard_bytes=20_000)
     format.save(ours, tmp_path)
-    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     same_model(ours, blip2.load(tmp_path, device="cpu", dtype="float32"))

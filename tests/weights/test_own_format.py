@@ -113,7 +113,12 @@ def test_a_failed_write_leaves_the_old_model_whole(tmp_path, monkeypatch, error)
     with pytest.raises(CheckpointError, match="No space left"):
         weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
     torch.testing.assert_close(weights.load(tmp_path).bridge.state_dict(), bridge.state_dict(), rtol=0, atol=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "bridge.safetensors", "vision.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "config.json",
+        "bridge.safetensors",
+        "vision.safetensors",
+    }
 
 
 def test_a_qformer_started_from_bert_reads_text_as_bert_does():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,8 @@ import blip2
 from blip2 import adapters
 from blip2.adapters.narrowed import Narrowed
 from blip2.blip2 import Blip2
-from blip2.config import LanguageConfig, PartConfig
-from blip2.errors import CheckpointError
+from blip2.config import HUB, PRESETS, Blip2Config, LanguageConfig, PartConfig, VisionConfig, read_config
+from blip2.errors import CheckpointError, ConfigError
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer
 from blip2.weights import paddle, transformers
@@ -68,6 +69,31 @@ def _narrowed(language: LanguageModel, tokenizer: Tokenizer, vocabulary: Tensor,
             f"{directory / 'vocabulary.safetensors'}: not tokens of this language model, or none of them ends a text"
         )
     return Narrowed(language, vocabulary)
+
+
+def named_config(name: str) -> Blip2Config:
+    """The configuration of `mini`, of the directory of a model, or of a published model; no weights are read.
+
+    Raises:
+        ConfigError: the name is none of these, or the directory's configuration is wrong.
+    """
+    directory = model_directory(name)
+    if transformers.holds(directory) or paddle.holds(directory):
+        kind = paddle if paddle.holds(directory) else transformers
+        return kind.read_config(directory)
+    file = directory / "config.json"
+    if file.is_file():
+        return read_config(file)
+    published = name.removeprefix("Salesforce/")
+    if published in HUB:
+        config = PRESETS[HUB[published]]
+        assert isinstance(config.vision, VisionConfig)
+        vision = dataclasses.replace(config.vision, key_bias=True)  # as transformers keeps it
+        return config.replace(vision=vision, word_head=False)
+    if name not in PRESETS:
+        known = ", ".join([*PRESETS, *(f"Salesforce/{each}" for each in HUB)])
+        raise ConfigError(f"{name}: neither the directory of a model nor one of {known}")
+    return PRESETS[name]
 
 
 def model_directory(name: str | Path | None) -> Path:

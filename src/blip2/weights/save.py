@@ -18,6 +18,7 @@ from blip2.config import Blip2Config, write_config
 from blip2.errors import CheckpointError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
+from blip2.weights import card
 
 FROZEN_WORDS = "qformer.words.weight"  # belongs to the frozen text part where the configuration says so
 
@@ -48,6 +49,7 @@ def save(
         if vocabulary is not None:
             _write({"ids": vocabulary}, directory / "vocabulary.safetensors", None)
         config = config.replace(vocabulary=None if vocabulary is None else len(vocabulary))
+        card.write(directory, config)
         with replacing(directory / "config.json") as partial:
             write_config(config, partial)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
