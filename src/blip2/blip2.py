@@ -203,6 +203,20 @@ class Blip2:
         sight = self.bridge.see(features.patches[images.to(features.patches.device)].to(self.device).float())
         return self.bridge.match(sight, rows.to(self.device), ids[pairs[:, 1].to(ids.device)])
 
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model in our own format, with a card (`README.md`); `blip2.load` reads it back.
+
+        A language model of our own kind goes with it; frozen parts of others are named, with their weights' SHA-256.
+
+        Args:
+            dtype: that weights are stored in, their own where None.
+        Raises:
+            CheckpointError: it cannot be written, or has weights that the format does not hold (quantised ones).
+        """
+        from blip2.weights import save_model
+
+        save_model(self, Path(directory), dtype)
+
     # -- within ----------------------------------------------------------------------------------------------------
 
     def _features(self, pixels: Tensor) -> ImageFeatures:

@@ -19,7 +19,8 @@ from blip2.errors import CheckpointError, ConfigError
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer
 from blip2.weights import paddle, transformers
-from blip2.weights.load import load, load_config
+from blip2.weights.load import load, load_config, load_language, load_tokenizer
+from blip2.weights.save import LANGUAGE, TOKENIZERS
 
 
 def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
@@ -40,14 +41,17 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
     encoder: Any = loaded.vision
     if isinstance(config.vision, PartConfig):
         encoder = adapters.image_encoder(config.vision)
-    language, tokenizer = None, None
+    language: LanguageModel | None = None
+    tokenizer = load_tokenizer(directory, "language")
     if isinstance(config.language, LanguageConfig):
-        raise CheckpointError(f"{directory}: language model {config.language.kind} is not read from this format yet")
-    if config.language is not None:
+        language = load_language(directory, config.language, device, dtype)
+        if tokenizer is None:
+            raise CheckpointError(f"{directory}: {TOKENIZERS} names no tokenizer of the language model")
+    elif config.language is not None:
         language, tokenizer = adapters.language_model(config.language)
         if loaded.vocabulary is not None:
             language = _narrowed(language, tokenizer, loaded.vocabulary, directory)
-    for part in (encoder, language):
+    for part in (encoder, None if isinstance(config.language, LanguageConfig) else language):
         if isinstance(part, nn.Module):
             part.to(device, dtype)
     return Blip2(
@@ -56,7 +60,7 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
         loaded.bridge.to(device),
         language,
         tokenizer,
-        text.tokenizer if text else None,
+        text.tokenizer if text else load_tokenizer(directory, "text"),
         device,
         dtype,
         identity=_identity(directory),
@@ -102,9 +106,10 @@ def model_directory(name: str | Path | None) -> Path:
 
 
 def _identity(directory: Path) -> str:
-    """SHA-256 over everything that the directory holds of the model."""
+    """SHA-256 over what the directory holds of the model, but for the language model, which no feature comes from."""
     digest = hashlib.sha256()
-    for path in [*sorted(directory.glob("*.safetensors")), directory / "config.json"]:
+    files = [path for path in sorted(directory.glob("*.safetensors")) if path.name != LANGUAGE]
+    for path in [*files, directory / "config.json"]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
