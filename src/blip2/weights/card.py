@@ -18,11 +18,15 @@ def write(directory: Path, config: Blip2Config) -> None:
     Raises:
         OSError: the directory cannot be written.
     """
+    if is_ours(directory):
+        with replacing(directory / NAME) as partial:
+            partial.write_text(card(config), encoding="utf-8")
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether the card of a directory may be written: there is none, or one that blip2 wrote."""
     path = directory / NAME
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    with replacing(path) as partial:
-        partial.write_text(card(config), encoding="utf-8")
+    return not path.is_file() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def card(config: Blip2Config) -> str:

@@ -72,6 +72,7 @@ def save(model: Blip2, directory: Path) -> None:
     theirs = to_theirs(maps.blip2(model.config), transformers.tensors_of(model), "this model")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)  # until all is there, there is no model
         pdparams.write(theirs, directory / FILE)
         with replacing(directory / "tokenizer.json") as partial:
             tokenizer.rust.save(str(partial))

@@ -10,6 +10,8 @@ the files that it names what turns its words, or the Q-Former's, into ids.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -28,6 +30,7 @@ from blip2.weights.skeleton import build_language, skeleton
 
 if TYPE_CHECKING:
     from blip2.blip2 import Blip2
+    from blip2.text import Tokenizer
 
 LANGUAGE = "language.safetensors"
 TOKENIZERS = "tokenizers.json"
@@ -53,7 +56,7 @@ def save(
     dtype: torch.dtype | None = None,
     vocabulary: Tensor | None = None,
 ) -> None:
-    """Write a model; each file appears whole or not at all, the configuration last.
+    """Write a model; its files appear together or not at all, the configuration last.
 
     Args:
         config: with the SHA-256 of each frozen part filled in.
@@ -63,19 +66,8 @@ def save(
     Raises:
         CheckpointError: the directory cannot be written (a full disk, say); the files before are untouched.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(trained(bridge), directory / "bridge.safetensors", dtype)
-        if vision is not None:
-            _write(vision.state_dict(), directory / "vision.safetensors", dtype)
-        if vocabulary is not None:
-            _write({"ids": vocabulary}, directory / "vocabulary.safetensors", None)
-        config = config.replace(vocabulary=None if vocabulary is None else len(vocabulary))
-        card.write(directory, config)
-        with replacing(directory / "config.json") as partial:
-            write_config(config, partial)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise _unwritten(directory, error) from error
+    with _together(directory) as file:
+        _write_model(file, directory, config, bridge, vision, dtype, vocabulary)
 
 
 def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -91,17 +83,19 @@ def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) 
     own = isinstance(config.language, LanguageConfig)
     if own:
         _check_language(language, config.language)
-    vision = model.encoder if isinstance(config.vision, VisionConfig) else None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").unlink(missing_ok=True)  # until all of it is there, there is no model
+    vision = cast("nn.Module", model.encoder) if isinstance(config.vision, VisionConfig) else None
+    ids = _tokenizers(model, own)
+    with _together(directory) as file:
+        _write_model(file, directory, config, model.bridge, vision, dtype, None if own else vocabulary)
+        if ids:
+            values = {name: asdict(each) for name, (_, each) in ids.items()}
+            file(TOKENIZERS).write_text(json.dumps(values, indent=2) + "\n")
+        for name, (tokenizer, _) in ids.items():
+            tokenizer.rust.save(str(file(f"{name}-tokenizer.json")))
         if own:
-            assert isinstance(language, nn.Module)
-            _write(language.state_dict(), directory / LANGUAGE, dtype)
-        _write_tokenizers(model, directory, own)
-    except (OSError, SafetensorError) as error:
-        raise _unwritten(directory, error) from error
-    save(directory, config, model.bridge, cast("nn.Module | None", vision), dtype, None if own else vocabulary)
+            _write(cast("nn.Module", language).state_dict(), file(LANGUAGE), dtype)
+    for name in () if ids else (TOKENIZERS,):
+        (directory / name).unlink(missing_ok=True)  # of a model that was here before
 
 
 def _check_language(language: object, config: LanguageConfig | PartConfig | None) -> None:
@@ -117,26 +111,17 @@ def _check_language(language: object, config: LanguageConfig | PartConfig | None
         )
 
 
-def _write_tokenizers(model: Blip2, directory: Path, own: bool) -> None:
-    """Those that no frozen part brings: the ids in one file, each vocabulary in its own."""
+def _tokenizers(model: Blip2, own: bool) -> dict[str, tuple[Tokenizer, TokenizerIds]]:
+    """Those that no frozen part brings, with their ids."""
     kept = {
         "language": model.tokenizer if own else None,
         "text": model.text_tokenizer if model.config.text is None else None,
     }
-    ids: dict[str, TokenizerIds] = {}
-    for name, tokenizer in kept.items():
-        path = directory / f"{name}-tokenizer.json"
-        if tokenizer is None:
-            path.unlink(missing_ok=True)
-            continue
-        with replacing(path) as partial:
-            tokenizer.rust.save(str(partial))
-        ids[name] = TokenizerIds(tokenizer.bos, tokenizer.pad, tokenizer.stop_ids, tokenizer.end, tokenizer.frame)
-    if ids:
-        with replacing(directory / TOKENIZERS) as partial:
-            partial.write_text(json.dumps({name: asdict(each) for name, each in ids.items()}, indent=2) + "\n")
-    else:
-        (directory / TOKENIZERS).unlink(missing_ok=True)
+    return {
+        name: (each, TokenizerIds(each.bos, each.pad, each.stop_ids, each.end, each.frame))
+        for name, each in kept.items()
+        if each is not None
+    }
 
 
 def trained(bridge: Bridge) -> dict[str, Tensor]:
@@ -147,11 +132,43 @@ def trained(bridge: Bridge) -> dict[str, Tensor]:
     return state
 
 
-def _unwritten(directory: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{directory}: the model cannot be written: {error}; free some space or choose another")
+@contextmanager
+def _together(directory: Path) -> Generator[Callable[[str], Path]]:
+    """Files of a directory that are replaced together: none of them where one cannot be written.
+
+    Yields:
+        from a name to the place where its new content goes; the first that is asked for appears last.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            yield lambda name: stack.enter_context(replacing(directory / name))
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise CheckpointError(
+            f"{directory}: the model cannot be written: {error}; free some space or choose another"
+        ) from error
+
+
+def _write_model(
+    file: Callable[[str], Path],
+    directory: Path,
+    config: Blip2Config,
+    bridge: Bridge,
+    vision: nn.Module | None,
+    dtype: torch.dtype | None,
+    vocabulary: Tensor | None,
+) -> None:
+    config = config.replace(vocabulary=None if vocabulary is None else len(vocabulary))
+    write_config(config, file("config.json"))
+    if card.is_ours(directory):
+        file(card.NAME).write_text(card.card(config), encoding="utf-8")
+    _write(trained(bridge), file("bridge.safetensors"), dtype)
+    if vision is not None:
+        _write(vision.state_dict(), file("vision.safetensors"), dtype)
+    if vocabulary is not None:
+        _write({"ids": vocabulary}, file("vocabulary.safetensors"), None)
 
 
 def _write(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
     stored = {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
-    with replacing(path) as partial:
-        save_file(stored, partial)
+    save_file(stored, path)

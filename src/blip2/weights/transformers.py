@@ -148,6 +148,7 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
     extra = {name: tensor for name, tensor in state.items() if name not in ours}
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)  # until all is there, there is no model
         _write_shards(rules, state, directory, shard_bytes)
         if extra:
             _save(extra, directory / EXTRA)
