@@ -48,6 +48,19 @@ def written(theirs: Any, ours: Blip2, images: list[Any], rows: Tensor, mask: Ten
     return [row[: row.index(1)] if 1 in row else row for row in found[:, skipped:].tolist()]
 
 
+@torch.no_grad()
+def embedded(theirs: Any, ours: Blip2, images: list[Any], rows: Tensor) -> Tensor:
+    """What transformers' language model is given to read."""
+    given: list[Tensor] = []
+    reader = theirs.language_model.get_encoder() if theirs.config.is_encoder_decoder else theirs.language_model
+    hook = reader.register_forward_pre_hook(
+        lambda _, __, named: given.append(named.get("inputs_embeds")), with_kwargs=True
+    )
+    written(theirs, ours, images, rows)
+    hook.remove()
+    return given[0]
+
+
 def wrote(ours: Blip2, images: Any, prompts: Sequence[str], counts: Sequence[int]) -> list[list[int]]:
     found = ours.write(ours.encode(images), prompts, Decoding.of(LIMITS), counts=counts)
     return [list(text.ids) for [text] in found]
@@ -58,7 +71,9 @@ def test_places_that_are_not_as_many_as_images_are_an_error_always(pair: tuple[A
     images = pictures(2)
     whole = ids(ours, "<image> w5 w9")
     missing = torch.tensor([whole[1:]] * 2)  # three places for four queries, in each of two rows
-    assert len(written(theirs, ours, images, missing)) == 2  # and the second row sees a query of the first picture
+    assert len(written(theirs, ours, images, missing)) == 2  # and nothing is said
+    seen = [embedded(theirs, ours, first + images[1:], missing)[1] for first in (images[:1], pictures(3)[2:])]
+    assert not torch.equal(*seen)  # the second row begins with what is left of the first one's picture
     for prompt in ("<image> <image> w5", "w5 <image><image><image>"):
         for images_of_it in (1, 4):
             message = rf"the prompt has \d places for images and was given {images_of_it}: write <image> once for each"

@@ -220,6 +220,8 @@ def test_a_processor_and_the_verbs_lay_a_prompt_out_alike(
     theirs.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     ours = blip2.load(tmp_path, device="cpu", dtype="float32")
+    both = processor(images=pictures(2), text="two cats", return_tensors="pt")
+    assert (both["input_ids"] == slot).sum() == 4  # one picture's places; ours takes both, see test_differences
     written, own = ours.writer()
     features = ours.encode(pictures(1))
     for text in ["", "a photo of", "Question: how many dogs are there? Answer:", "  two  ﬁne cats", "naïve café 🐕"]:
