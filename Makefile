@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-CODE := src tests examples
+CODE := src tests examples benchmarks
 
 .PHONY: help demo test test-slow lint format typecheck docs-cli clean
 

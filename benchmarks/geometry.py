@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.config import Blip2Config, OPTConfig, T5Config
+from blip2.config import Blip2Config, OPTConfig, T5Config, VisionConfig
 from blip2.model.bridge import Bridge
+from blip2.model.vision import VisionTransformer
 from blip2.weights import transformers
 from blip2.weights.maps import transformers as maps
 from blip2.weights.maps import transformers_config as keys
-from blip2.weights.skeleton import skeleton
+from blip2.weights.skeleton import build_language, skeleton
 
 DRAWN = 16_777_213  # a prime: no two rows of a matrix are the same numbers
 STD = 0.02
@@ -57,11 +58,12 @@ def picture() -> Image.Image:
 
 def _tensors(config: Blip2Config, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     assert isinstance(config.language, OPTConfig | T5Config)
+    assert isinstance(config.vision, VisionConfig)
     with skeleton():
         parts = {
-            "vision": transformers._vision(config),
+            "vision": VisionTransformer(config.vision),
             "bridge": Bridge(config),
-            "language": transformers.build_language(config.language),
+            "language": build_language(config.language),
         }
     ours = {f"{key}.{name}": tensor for key, part in parts.items() for name, tensor in part.state_dict().items()}
     drawn = (torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)) * STD).to(dtype)

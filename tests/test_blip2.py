@@ -79,7 +79,7 @@ def test_a_stream_adds_up_to_the_greedy_caption(model: Blip2):
     assert "".join(pieces).strip() == model.caption(picture(2), num_beams=1)
     with pytest.raises(ConfigError, match="beam search cannot stream"):
         model.caption(picture(2), stream=True, num_beams=2)
-    with pytest.raises(ConfigError, match="one image, not of 2"):
+    with pytest.raises(ConfigError, match="one text, not of 2"):
         model.caption([picture(1), picture(2)], stream=True)
 
 

@@ -66,7 +66,7 @@ def python(code: str, **environment: str) -> str:
 
 
 def sources() -> Iterator[tuple[str, Path]]:
-    for folder in ("src", "tests", "examples"):
+    for folder in ("src", "tests", "examples", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), path
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 
@@ -19,9 +20,9 @@ from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.device import pick_device, pick_dtype
 from blip2.errors import ConfigError, PromptError
-from blip2.generate import Tokens
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
+from blip2.one_or_many import Images, Shown, generation, is_list, pair, present, sentence, unwrap
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.quantize import check_scheme
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
@@ -29,9 +30,6 @@ from blip2.text import Tokenizer, plain
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
 PAIRS = 64  # image-text pairs in one pass of the matching head
-
-Images = image.Source | Sequence[image.Source] | ImageFeatures
-"""One image or many: whatever `image.open` takes, or a list of it, or what `encode` gave."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Blip2:
             if not len(images):
                 raise ConfigError("no image was given: the features are empty")
             return images
-        items = cast("Sequence[image.Source]", images if _is_list(images) else [images])
+        items = cast("Sequence[image.Source]", images if is_list(images) else [images])
         if len(items) == 0:
             raise ConfigError("no image was given")
         transform = image.Transform(self.encoder.image_size, self.encoder.mean, self.encoder.std)
@@ -98,7 +96,7 @@ class Blip2:
 
     def caption(
         self,
-        images: Images,
+        images: Shown,
         prompt: str | None = None,
         *,
         stream: bool = False,
@@ -108,8 +106,9 @@ class Blip2:
         """Describe images.
 
         Args:
-            images: one image or a list, or `ImageFeatures` (a list).
-            prompt: what the caption starts from; the model's own where None.
+            images: one image or a list, or `ImageFeatures` (a list); a list within the list is several for one prompt.
+            prompt: what the caption starts from; the model's own where None. `<image>` in it is where an image stands,
+                once for each; without any, images stand before the text.
             stream: give an iterator of text pieces of one image, greedy or drawn.
             details: give `Generation`s with tokens and log-probabilities instead of `str`s.
             options: how the text is chosen, see `Decoding`; five beams by default, one for a stream, and what the
@@ -118,8 +117,8 @@ class Blip2:
             A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each.
         """
         words = self.config.prompts.caption if prompt is None else prompt
-        single = not _is_list(images)
-        features = self.encode(images)
+        single = not is_list(images)
+        features, counts = self._grouped(images)
         own = self.config.captions
         decoding = Decoding.of(
             options,
@@ -128,13 +127,13 @@ class Blip2:
             no_repeat_ngram=own.no_repeat_ngram,
         )
         if stream:
-            return self._stream(features, words, decoding, details)
-        found = self.write(features, [words] * len(features), decoding)
-        return _unwrap(_present(found, details, decoding), single)
+            return self._stream(features, words, decoding, details, counts)
+        found = self.write(features, [words] * len(counts), decoding, counts=counts)
+        return unwrap(present(found, details, decoding), single)
 
     def ask(
         self,
-        images: Images,
+        images: Shown,
         questions: str | Sequence[str],
         *,
         choices: Sequence[str] | None = None,
@@ -145,29 +144,32 @@ class Blip2:
         """Answer questions about images.
 
         Args:
-            images: one image and any questions, or as many images as questions, or many images and one question.
+            images: one image and any questions, or as many images as questions, or many images and one question; a list
+                within the list is several images for one question, with `<image>` where each stands in it.
             choices: give the one of these that is the likeliest answer.
             stream, details, options: as in `caption`; with choices, `details` gives a `Ranking`.
         Returns:
             An answer, or a list where images or questions are a list.
         Raises:
-            PromptError: a question is empty, or lists of different lengths are given.
+            PromptError: a question is empty, has another number of `<image>` than of images, or lists of different
+                lengths are given.
         """
-        single = isinstance(questions, str) and not _is_list(images)
+        single = isinstance(questions, str) and not is_list(images)
         asked = [questions] if isinstance(questions, str) else list(questions)
-        features = self.encode(images)
-        features, asked = _pair(features, asked)
-        prompts = [self.config.prompts.question.format(_sentence(question)) for question in asked]
+        features, counts = self._grouped(images)
+        features, counts, asked = pair(features, counts, asked)
+        prompts = [self.config.prompts.question.format(sentence(question)) for question in asked]
         if choices is not None:
             if stream or options:
                 named = "stream" if stream else next(iter(options))
                 raise ConfigError(f"{named!r} does not go with choices: they are ranked, not written")
-            ranked = self.rank(features, prompts, choices)
-            return _unwrap(ranked if details else [ranking.best for ranking in ranked], single)
+            ranked = self.rank(features, prompts, choices, counts)
+            return unwrap(ranked if details else [ranking.best for ranking in ranked], single)
         if stream:
-            return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details)
+            return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details, counts)
         decoding = Decoding.of(options, num_beams=BEAMS, max_new_tokens=10)
-        return _unwrap(_present(self.write(features, prompts, decoding), details, decoding), single)
+        found = self.write(features, prompts, decoding, counts=counts)
+        return unwrap(present(found, details, decoding), single)
 
     def chat(self, image: Images) -> Chat:
         """A conversation about one image, which is encoded once."""
@@ -201,6 +203,20 @@ class Blip2:
         images, rows = pairs[:, 0].unique(return_inverse=True)
         sight = self.bridge.see(features.patches[images.to(features.patches.device)].to(self.device).float())
         return self.bridge.match(sight, rows.to(self.device), ids[pairs[:, 1].to(ids.device)])
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model in our own format, with a card (`README.md`); `blip2.load` reads it back.
+
+        A language model of our own kind goes with it; frozen parts of others are named, with their weights' SHA-256.
+
+        Args:
+            dtype: that weights are stored in, their own where None.
+        Raises:
+            CheckpointError: it cannot be written, or has weights that the format does not hold (quantised ones).
+        """
+        from blip2.weights import save_model
+
+        save_model(self, Path(directory), dtype)
 
     # -- within ----------------------------------------------------------------------------------------------------
 
@@ -241,54 +257,82 @@ class Blip2:
             raise ConfigError("this model has no language model: it matches and embeds, but does not write")
         return self.language, self.tokenizer
 
-    def _prefix(self, features: ImageFeatures, prompts: Sequence[str], room: int) -> tuple[Tensor, Tensor]:
+    def _grouped(self, images: Shown) -> tuple[ImageFeatures, list[int]]:
+        """All images encoded, and how many of them each prompt has."""
+        if isinstance(images, list | tuple) and any(isinstance(item, list | tuple | ImageFeatures) for item in images):
+            parts = [self.encode(item) for item in images]
+            return ImageFeatures.concatenate(parts), [len(part) for part in parts]
+        features = self.encode(cast("Images", images))
+        return features, [1] * len(features)
+
+    def _prefix(
+        self, features: ImageFeatures, prompts: Sequence[str], room: int, counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Prefix embeddings and lengths, with room for so many new tokens."""
         language, tokenizer = self.writer()
-        ids = tokenizer.prompts(prompts)
-        longest = features.queries.shape[1] + 1 + max(map(len, ids)) + room
+        ids, queries = tokenizer.prompts(prompts), features.queries.shape[1]
+        rows = zip(ids, counts, strict=True)
+        longest = max(prefix.length(row, count, queries, tokenizer.bos) for row, count in rows) + room
         if longest > language.context:
             raise PromptError(
-                f"image, prompt and answer need {longest} positions, the language model has {language.context}: "
+                f"images, prompt and answer need {longest} positions, the language model has {language.context}: "
                 "shorten the prompt or lower max_new_tokens"
             )
         visual = self.bridge.project(features.queries.to(self.device))  # (N, Q, Dl)
-        return prefix.build(language, visual, ids, tokenizer.bos, self.config.prompts.visual)
+        return prefix.build(language, visual, ids, tokenizer.bos, self.config.prompts.visual, counts)
 
     @torch.inference_mode()
     def write(
-        self, features: ImageFeatures, prompts: Sequence[str], decoding: Decoding, batch_size: int = 16
+        self,
+        features: ImageFeatures,
+        prompts: Sequence[str],
+        decoding: Decoding,
+        batch_size: int = 16,
+        counts: Sequence[int] | None = None,
     ) -> list[list[Generation]]:
-        """Texts after one prompt an image, in the words that the language model is given: what the verbs stand on.
+        """Texts after each prompt, in the words that the language model is given: what the verbs stand on.
 
+        Args:
+            features: of all prompts' images, in order.
+            counts: images of each prompt; one each where None.
         Returns:
-            `decoding.num_captions` texts for each image, best first.
+            `decoding.num_captions` texts for each prompt, best first.
         Raises:
-            PromptError: prompt and text do not fit the language model's context.
+            PromptError: a prompt has no place for each of its images, or does not fit the language model's context.
         """
         language, tokenizer = self.writer()
+        counts = [1] * len(prompts) if counts is None else counts
+        ends = [0, *accumulate(counts)]
         written: list[list[Generation]] = []
-        for start in range(0, len(features), batch_size):
+        for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            embeds, lengths = self._prefix(features[rows], prompts[rows], decoding.max_new_tokens)
+            images = features[ends[start] : ends[min(start + batch_size, len(prompts))]]
+            embeds, lengths = self._prefix(images, prompts[rows], decoding.max_new_tokens, counts[rows])
             found = generate.generate(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
-            written += [[_generation(tokens, tokenizer) for tokens in row] for row in found]
+            written += [[generation(tokens, tokenizer) for tokens in row] for row in found]
         return written
 
-    def _stream(self, features: ImageFeatures, prompt: str, decoding: Decoding, details: bool) -> Iterator[str]:
+    def _stream(
+        self, features: ImageFeatures, prompt: str, decoding: Decoding, details: bool, counts: Sequence[int]
+    ) -> Iterator[str]:
         if details:
             raise ConfigError("a stream gives text as it comes: details are for whole texts")
-        if len(features) != 1:
-            raise ConfigError(f"a stream is of one image, not of {len(features)}")
+        if len(counts) != 1:
+            raise ConfigError(f"a stream is of one text, not of {len(counts)}")
         language, tokenizer = self.writer()
         with torch.inference_mode():
-            embeds, lengths = self._prefix(features, [prompt], decoding.max_new_tokens)
+            embeds, lengths = self._prefix(features, [prompt], decoding.max_new_tokens, counts)
             steps = generate.stream(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
         return generate.pieces((ids[0] for ids in steps if ids[0] is not None), tokenizer.decode)
 
     @torch.inference_mode()
-    def rank(self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str]) -> list[Ranking]:
-        """Given answers after one prompt an image, in the words that the language model is given.
+    def rank(
+        self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str], counts: Sequence[int] = ()
+    ) -> list[Ranking]:
+        """Given answers after prompts, in the words that the language model is given.
 
+        Args:
+            counts: images of each prompt, one each where empty.
         Raises:
             PromptError: fewer than two choices, or an empty one.
         """
@@ -297,50 +341,9 @@ class Blip2:
         language, tokenizer = self.writer()
         ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
         ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"
-        embeds, lengths = self._prefix(features, prompts, max(map(len, ids)))
+        embeds, lengths = self._prefix(features, prompts, max(map(len, ids)), counts or [1] * len(prompts))
         scores = generate.rank(language, embeds, lengths, ids)  # (N, C)
         return [Ranking(tuple(choices), tuple(row)) for row in scores.tolist()]
-
-
-def _is_list(images: Images) -> bool:
-    """Whether a verb was given many images: a list, a tuple, features, or a stacked array."""
-    if isinstance(images, list | tuple | ImageFeatures):
-        return True
-    return getattr(images, "ndim", 0) == 4
-
-
-def _pair(features: ImageFeatures, questions: list[str]) -> tuple[ImageFeatures, list[str]]:
-    """One image with each question, one question with each image, or one to one."""
-    if not questions:
-        raise PromptError("no question was given")
-    if len(features) == len(questions):
-        return features, questions
-    if len(features) == 1:
-        return features[[0] * len(questions)], questions
-    if len(questions) == 1:
-        return features, questions * len(features)
-    raise PromptError(f"{len(features)} images and {len(questions)} questions: give one of either, or as many of both")
-
-
-def _sentence(question: str) -> str:
-    if not question.strip():
-        raise PromptError("the question is empty")
-    return question.strip()
-
-
-def _generation(tokens: Tokens, tokenizer: Tokenizer) -> Generation:
-    text = tokenizer.decode(tokens.ids).strip()
-    return Generation(text, tokens.ids, tokens.log_probs, tokens.score, tokens.finish)
-
-
-def _present(rows: list[list[Generation]], details: bool, decoding: Decoding) -> list[Any]:
-    """Rows of texts, or of `Generation`s; without their inner list where one text an image was asked for."""
-    shown: list[list[Any]] = [[found if details else found.text for found in row] for row in rows]
-    return shown if decoding.num_captions > 1 else [row[0] for row in shown]
-
-
-def _unwrap(rows: list[Any], single: bool) -> Any:
-    return rows[0] if single else rows
 
 
 def load(

@@ -302,6 +302,18 @@ PRESETS: dict[str, Blip2Config] = {
     ),
 }
 
+HUB: dict[str, str] = {  # what is published there, under its owner's name Salesforce, and our preset of it
+    "blip2-opt-2.7b": "pretrain_opt2.7b",
+    "blip2-opt-6.7b": "pretrain_opt6.7b",
+    "blip2-flan-t5-xl": "pretrain_flant5xl",
+    "blip2-flan-t5-xxl": "pretrain_flant5xxl",
+    "blip2-opt-2.7b-coco": "caption_coco_opt2.7b",
+    "blip2-opt-6.7b-coco": "caption_coco_opt6.7b",
+    "blip2-flan-t5-xl-coco": "caption_coco_flant5xl",
+    "blip2-itm-vit-g": "pretrain",
+    "blip2-itm-vit-g-coco": "coco",
+}
+
 
 def read_config(path: Path) -> Blip2Config:
     """A configuration from a JSON file.

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from blip2.errors import CheckpointError
+from blip2.model.prefix import SLOT
 
 if TYPE_CHECKING:
     import tokenizers
+
+IMAGE = "<image>"  # in a prompt, where an image stands
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,20 @@ class Tokenizer:
         return [[first, *encoding.ids[:room], last] for encoding in encodings]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """What a language model reads after the image: `encode`, and the id that ends it where there is one."""
+        """What a language model reads with its images: `encode`, and the id that ends it where there is one.
+
+        `<image>` in a text is no word but an image's place: `SLOT` among the ids.
+        """
         end = [] if self.end is None else [self.end]
-        return [[*ids, *end] for ids in self.encode(texts)]
+        pieces = [text.split(IMAGE) for text in texts]
+        words = iter(self.encode([piece for row in pieces for piece in row]))
+        found: list[list[int]] = []
+        for row in pieces:
+            ids = next(words)
+            for _ in row[1:]:
+                ids = [*ids, SLOT, *next(words)]
+            found.append([*ids, *end])
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens left out."""

@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from blip2.cli import app
-from blip2.config import PRESETS, PartConfig, write_config
+from blip2.config import HUB, PRESETS, PartConfig, write_config
 from blip2.errors import ConfigError
+from blip2.weights.inventory import GIB, Memory, Place, parts_of, places
 
 
 def shown(*words: str) -> str:
@@ -17,16 +18,66 @@ def shown(*words: str) -> str:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_configuration_shows_its_parts(name: str):
-    lines = [json.loads(line) for line in shown(name, "--json").splitlines()]
-    assert [line["role"] for line in lines][:2] == ["image encoder", "bridge"]
-    assert all(line["parameters"] > 0 and line["licence"] for line in lines)
-    assert all(line["bfloat16_bytes"] == line["parameters"] * (4 if line["trained"] else 2) for line in lines)
+    found = json.loads(shown(name, "--json"))
+    assert [part["role"] for part in found["parts"]][:2] == ["image encoder", "bridge"]
+    assert all(part["parameters"] > 0 and part["licence"] and part["risks"] for part in found["parts"])
+    assert not any(part["licence"] == "its own" for part in found["parts"])
+    sizes = [line["inference"] for line in found["memory"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 4 * sum(part["parameters"] for part in found["parts"])
+    trained = sum(part["parameters"] for part in found["parts"] if part["trained"])
+    assert all(line["bridge"] == line["inference"] + 12 * trained for line in found["memory"])
+    assert [line["everything"] for line in found["memory"]] == [4 * sizes[0], 2 * sizes[0], None, None]
+    assert found["machine"][0]["name"] == "RAM"
+
+
+def test_the_published_opt_has_its_true_size_and_beside_it_what_its_card_says():
+    found = json.loads(shown("Salesforce/blip2-opt-2.7b", "--json"))
+    assert sum(part["parameters"] for part in found["parts"]) == 3_744_679_936
+    assert [line["card"] for line in found["memory"]] == [14.43, 7.21, 3.61, 1.8]
+    twice = 3_744_679_936 + 50_272 * 2560  # the card's count
+    widths = (4, 2, 1, 0.5)
+    assert [round(twice * width / 2**30, 2) for width in widths[:3]] == [14.43, 7.21, 3.61]
+    assert int(twice * widths[3] / 2**30 * 10) / 10 == 1.8
+    text = shown("Salesforce/blip2-opt-2.7b")
+    assert "13.95" in text
+    assert "14.43" in text
+    assert "490.94 MiB" in text
+    assert "counts OPT's tied output matrix twice" in text
+    assert json.loads(shown("Salesforce/blip2-opt-6.7b", "--json"))["memory"][0]["card"] is None
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_every_model_on_the_hub_is_known_by_its_name(name: str):
+    parts = json.loads(shown(f"Salesforce/{name}", "--json"))["parts"]
+    assert parts == json.loads(shown(name, "--json"))["parts"]
+    assert ("language model" in [part["role"] for part in parts]) == ("itm" not in name)
+
+
+def test_int8_and_int4_make_linear_layers_small_and_leave_the_rest():
+    config = PRESETS["pretrain_flant5xl"]
+    language = parts_of(config)[-1]
+    assert language.parameters is not None
+    linear = sum(rows * columns for rows, columns in language.linear)
+    assert language.parameters - linear < 1.1 * 32128 * 2048  # the embeddings
+    scales = 4 * sum(rows for rows, _ in language.linear)
+    assert language.bytes("int8") == linear + scales + 2 * (language.parameters - linear)
+    assert 0.5 < (language.bytes("int4") or 0) / linear < 0.7
+
+
+def test_what_fits_is_told_for_what_is_there_and_what_is_free():
+    memory = Memory("float32", 10 * GIB, 0, None, None)
+    fits = [Place("RAM", total * GIB, free * GIB).fits(memory) for total, free in ((12, 12), (12, 3), (10, 10))]
+    assert fits == ["yes", "not now", "no"]
+    here = places()[0]
+    assert 0 < here.free <= here.total
 
 
 def test_the_table_has_a_total_and_the_gemma_terms():
     text = shown("mini")
     assert "total" in text
-    assert "Gemma terms" in text.replace("\n", " ")
+    assert "Gemma terms" in text
+    assert "risks:" in text
 
 
 def test_a_directory_is_read_and_unknown_parts_have_no_total(tmp_path: Path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from published import COMMIT, WRITERS, build, picture
+from tiny_hub import COMMIT, WRITERS, build, picture
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from published import COMMIT, picture
+from tiny_hub import COMMIT, picture
 
 import blip2
 import tiny_model

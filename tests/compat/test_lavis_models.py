@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from published import picture
+from tiny_hub import picture
 from tiny_lavis import CALLS, CLOSE, PROMPT, TEXTS, images, load, theirs_of, transformers
 from torch import Tensor
 

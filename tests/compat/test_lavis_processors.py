@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published import picture
+from tiny_hub import picture
 
 from blip2.compat.lavis.processors import BlipCaptionProcessor, BlipQuestionProcessor, load_processor
 from blip2.config import CLIP_MEAN, CLIP_STD

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import picture
+from tiny_hub import picture
 
 import blip2
 from blip2.compat import transformers as compat

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import picture
+from tiny_hub import picture
 
 from blip2.compat import transformers as compat
 from blip2.errors import ConfigError, PromptError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from published import COMMIT, picture
+from tiny_hub import COMMIT, picture
 
 import blip2
 from blip2.compat import transformers as compat

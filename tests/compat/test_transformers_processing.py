@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published import picture
+from tiny_hub import picture
 
 from blip2.compat import transformers as compat
 from blip2.errors import CheckpointError, ConfigError, ImageError, PromptError

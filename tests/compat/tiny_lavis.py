@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import picture
+from tiny_hub import picture
 from torch import Tensor
 
 from blip2.compat.lavis import models

@@ -70,38 +70,6 @@ def test_an_encoder_with_zero_key_biases_is_written_as_one_without(tmp_path: Pat
         to_theirs(maps.vision(with_bias), joined, "test")
 
 
-# What is known of the published files: a name in each, its shape.
-FACTS: dict[str, dict[str, tuple[int, ...]]] = {
-    "pretrain": {
-        "query_tokens": (1, 32, 768),
-        "ln_vision.weight": (1408,),
-        "Qformer.bert.embeddings.word_embeddings.weight": (30523, 768),
-        "Qformer.bert.embeddings.position_embeddings.weight": (512, 768),
-        "Qformer.bert.encoder.layer.10.crossattention.self.key.weight": (768, 1408),
-        "Qformer.bert.encoder.layer.11.intermediate.dense.weight": (3072, 768),
-        "Qformer.cls.predictions.bias": (30523,),
-        "vision_proj.weight": (256, 768),
-        "itm_head.weight": (2, 768),
-        "temp": (),
-    },
-    "pretrain_opt2.7b": {
-        "opt_proj.weight": (2560, 768),
-        "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight": (3072, 768),
-    },
-    "pretrain_flant5xl_vitL": {"t5_proj.weight": (2048, 768), "ln_vision.bias": (1024,)},
-}
-
-
-@pytest.mark.parametrize("preset", FACTS)
-def test_names_and_shapes_are_those_of_the_published_files(preset: str):
-    config = PRESETS[preset]
-    with torch.device("meta"):
-        state = {f"bridge.{name}": tensor for name, tensor in Bridge(config).state_dict().items()}
-    theirs = to_theirs(maps.trained(config), state, preset)
-    assert {name: tuple(theirs[name].shape) for name in FACTS[preset]} == FACTS[preset]
-    assert not any(".1.crossattention" in name for name in theirs)
-
-
 # LAVIS's names of what transformers calls otherwise, as transformers' own conversion script and users' threads tell.
 FROM_TRANSFORMERS = [
     (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),

@@ -8,14 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from PIL import Image
+import transformers
 
 import blip2
 from blip2.blip2 import Blip2
@@ -24,85 +22,12 @@ from blip2.errors import CheckpointError
 from blip2.model.bridge import Bridge
 from blip2.weights import transformers as format
 from blip2.weights import verify
-
-transformers = pytest.importorskip("transformers")
-
-BERT = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-WORDS = ["<pad>", "</s>", "<s>", "[UNK]", *(f"w{n}" for n in range(56))]
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def _config(text: Any) -> Any:
-    vision = {
-        "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
-        "patch_size": 7, "hidden_act": "gelu",
-    }  # fmt: skip
-    qformer = {
-        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
-        "encoder_hidden_size": 12, "vocab_size": 60, "max_position_embeddings": 40,
-    }  # fmt: skip
-    return transformers.Blip2Config(
-        vision_config=vision, qformer_config=qformer, text_config=text.to_dict(), num_query_tokens=4,
-        image_text_hidden_size=8, image_token_index=60,
-    )  # fmt: skip
-
-
-def opt() -> Any:
-    return transformers.OPTConfig(
-        vocab_size=61, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=96, pad_token_id=0, bos_token_id=2, eos_token_id=1,
-    )  # fmt: skip
-
-
-def t5() -> Any:
-    return transformers.T5Config(
-        vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-        dense_act_fn="gelu", pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=0,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-def scramble(model: Any) -> None:
-    """Weights at which every part matters and logits are well apart."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            size = 0.35 if parameter.ndim > 1 else 0.2
-            start = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
-            parameter.copy_(start + torch.randn(parameter.shape, generator=generator) * size)
-
-
-def save(model: Any, directory: Path, first: Sequence[str] = (), **options: Any) -> None:
-    model.save_pretrained(directory, **options)
-    table = {word: number for number, word in enumerate([*first, *WORDS[len(first) :]])}
-    words = tokenizers.models.WordLevel(table, unk_token="[UNK]")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
+from published import BERT, CLOSE, WORDS, config, loaded, opt, pictures, pixels, save, scramble, t5
 
 
 @pytest.fixture(scope="module", params=[opt, t5])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Blip2]:
-    """Their model, and ours from the directory that theirs saved."""
-    theirs = transformers.Blip2ForConditionalGeneration(_config(request.param())).eval()
-    scramble(theirs)
-    theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = 1, 0
-    place = tmp_path_factory.mktemp("saved")
-    save(theirs, place)
-    again = transformers.Blip2ForConditionalGeneration.from_pretrained(place).eval()
-    return again, blip2.load(place, device="cpu", dtype="float32")
-
-
-def pictures(count: int) -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(4)
-    noise = torch.randint(0, 256, (count, 9, 9, 3), dtype=torch.uint8, generator=generator).numpy()
-    return [Image.fromarray(each).resize((40, 31)) for each in noise]
-
-
-def pixels(model: Blip2, images: list[Image.Image]) -> torch.Tensor:
-    from blip2 import image
-
-    return image.Transform(model.encoder.image_size, model.encoder.mean, model.encoder.std)(images)
+    return loaded(config(request.param()), tmp_path_factory.mktemp("saved"))
 
 
 @torch.no_grad()
@@ -173,10 +98,9 @@ def test_ragged_prompts_in_one_batch_give_what_each_gives_alone(pair: tuple[Any,
 
 @pytest.fixture(scope="module")
 def retrieval(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Blip2]:
-    config = _config(opt())
-    config.qformer_config.use_qformer_text_input = True
-    config.image_token_index = None  # without placeholders before the text, as the published models were
-    theirs = transformers.Blip2ForImageTextRetrieval(config).eval()
+    whole = config(opt(), slot=None)  # without placeholders before the text, as the published models were
+    whole.qformer_config.use_qformer_text_input = True
+    theirs = transformers.Blip2ForImageTextRetrieval(whole).eval()
     scramble(theirs)
     place = tmp_path_factory.mktemp("retrieval")
     save(theirs, place, BERT)
@@ -229,7 +153,7 @@ def test_shards_and_pickles_load_as_one_file_does(pair: tuple[Any, Blip2], shard
 
 
 def test_a_head_that_is_not_the_embeddings_it_should_be_tied_to_is_an_error(tmp_path: Path):
-    theirs = transformers.Blip2ForConditionalGeneration(_config(opt()))
+    theirs = transformers.Blip2ForConditionalGeneration(config(opt()))
     save(theirs, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     state = dict(theirs.state_dict())
@@ -279,7 +203,7 @@ def damaged(theirs: Any, place: Path, change: str) -> None:
     ],
 )
 def test_what_cannot_be_loaded_is_named(change: str, message: str, tmp_path: Path):
-    theirs = transformers.Blip2ForConditionalGeneration(_config(opt()))
+    theirs = transformers.Blip2ForConditionalGeneration(config(opt()))
     damaged(theirs, tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         blip2.load(tmp_path, device="cpu", dtype="float32")
@@ -352,6 +276,6 @@ def test_saving_over_another_model_leaves_nothing_of_it(
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 33}')
     format.save(ours, tmp_path, shard_bytes=20_000)
     format.save(ours, tmp_path)
-    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     same_model(ours, blip2.load(tmp_path, device="cpu", dtype="float32"))

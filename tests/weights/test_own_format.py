@@ -8,12 +8,17 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import blip2
+import tiny_model
 from blip2 import weights
+from blip2.adapters.transformers_lm import TransformersLM
+from blip2.blip2 import Blip2
 from blip2.config import Blip2Config, PartConfig, QFormerConfig, VisionConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.model.bridge import Bridge
 from blip2.model.vision import VisionTransformer
 from blip2.weights.bert import start_from_bert
+from published import config, loaded, opt, pictures, t5
 
 QFORMER = QFormerConfig(
     width=16, layers=2, heads=2, mlp_width=32, queries=4, encoder_width=12, vocab_size=30, positions=8
@@ -113,7 +118,12 @@ def test_a_failed_write_leaves_the_old_model_whole(tmp_path, monkeypatch, error)
     with pytest.raises(CheckpointError, match="No space left"):
         weights.save(tmp_path, CONFIG, Bridge(CONFIG), VisionTransformer(VISION))
     torch.testing.assert_close(weights.load(tmp_path).bridge.state_dict(), bridge.state_dict(), rtol=0, atol=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "bridge.safetensors", "vision.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "config.json",
+        "bridge.safetensors",
+        "vision.safetensors",
+    }
 
 
 def test_a_qformer_started_from_bert_reads_text_as_bert_does():
@@ -138,3 +148,110 @@ def test_a_bert_of_another_shape_is_refused_by_name():
     bridge = Bridge(CONFIG)
     with pytest.raises(CheckpointError, match=r"has no embeddings\.LayerNorm\.weight"):
         start_from_bert(bridge.qformer, {})
+
+
+def same_model(one: Blip2, other: Blip2) -> None:
+    assert one.config == other.config
+    for part in ("bridge", "encoder", "language"):
+        mine, theirs = getattr(one, part), getattr(other, part)
+        assert type(mine) is type(theirs)
+        if mine is not None:
+            torch.testing.assert_close(theirs.state_dict(), mine.state_dict(), rtol=0, atol=0)
+    for tokenizer in ("tokenizer", "text_tokenizer"):
+        mine, theirs = getattr(one, tokenizer), getattr(other, tokenizer)
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert mine.rust.to_str() == theirs.rust.to_str()
+            assert [getattr(mine, key) for key in IDS] == [getattr(theirs, key) for key in IDS]
+
+
+IDS = ("bos", "pad", "stop_ids", "end", "frame")
+
+
+@pytest.mark.parametrize("kind", [opt, t5])
+def test_a_model_with_its_own_language_model_comes_back_whole(tmp_path, kind):
+    _, model = loaded(config(kind()), tmp_path / "theirs")
+    model.save(tmp_path / "ours")
+    back = blip2.load(tmp_path / "ours", device="cpu", dtype="float32")
+    same_model(model, back)
+    again = model.caption(pictures(2), prompt="w5 w9", max_new_tokens=6)
+    assert back.caption(pictures(2), prompt="w5 w9", max_new_tokens=6) == again
+    half = blip2.load(tmp_path / "ours", device="cpu", dtype="float16")
+    assert half.language.words.weight.dtype == torch.float16
+    assert half.bridge.qformer.query_tokens.dtype == torch.float32
+    names = {"README.md", "bridge.safetensors", "config.json", "language-tokenizer.json", "language.safetensors"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == names | {"tokenizers.json", "vision.safetensors"}
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "OPT" in card or "Flan-T5" in card
+
+
+def test_a_model_that_matches_keeps_its_tokenizer(tmp_path):
+    model = tiny_model.build(language=False)
+    model.save(tmp_path)
+    back = blip2.load(tmp_path, device="cpu", dtype="float32")
+    same_model(model, back)
+    matches = model.match(tiny_model.picture(0), "a dog runs")
+    torch.testing.assert_close(back.match(tiny_model.picture(0), "a dog runs").itm, matches.itm, rtol=0, atol=0)
+
+
+def test_weights_that_are_not_the_plain_language_model_s_are_not_saved(tmp_path):
+    theirs, model = loaded(config(opt()), tmp_path / "theirs")
+    other = dataclasses.replace(model, language=TransformersLM(theirs.language_model))
+    with pytest.raises(CheckpointError, match=r"not the plain opt of its configuration .* quantised"):
+        other.save(tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("language.safetensors", r"language\.safetensors: missing"),
+        ("tokenizers.json", "names no tokenizer of the language model"),
+        ("language-tokenizer.json", r"language-tokenizer\.json: not a readable"),
+        ("cut", r"language\.safetensors: damaged"),
+        ("ids", r"tokenizers\.json: language\.stop_ids: .*valid"),
+        ("more", r"unexpected stranger"),
+    ],
+)
+def test_a_language_model_that_is_not_whole_is_named(tmp_path, change, message):
+    _, model = loaded(config(opt()), tmp_path / "theirs")
+    place = tmp_path / "ours"
+    model.save(place)
+    if change == "cut":
+        (place / "language.safetensors").write_bytes((place / "language.safetensors").read_bytes()[:-9])
+    elif change == "ids":
+        values = json.loads((place / "tokenizers.json").read_text())
+        values["language"]["stop_ids"] = "end"
+        (place / "tokenizers.json").write_text(json.dumps(values))
+    elif change == "more":
+        save_file(
+            load_file(place / "language.safetensors") | {"stranger": torch.ones(1)}, place / "language.safetensors"
+        )
+    else:
+        (place / change).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        blip2.load(place, device="cpu")
+
+
+@pytest.mark.parametrize("failing", range(1, 4))
+def test_a_save_that_fails_leaves_the_old_model_whole(tmp_path, monkeypatch, failing):
+    """Whichever of its three files of weights is the one that the disk has no room for."""
+    _, model = loaded(config(opt()), tmp_path / "theirs")
+    place = tmp_path / "ours"
+    model.save(place)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    for part in (model.bridge, model.encoder, model.language):
+        for parameter in part.parameters():
+            parameter.data.add_(1)
+    written = []
+
+    def full(state: dict[str, torch.Tensor], path: object) -> None:
+        written.append(path)
+        if len(written) == failing:
+            raise OSError(28, "No space left on device")
+        save_file(state, path)
+
+    monkeypatch.setattr(sys.modules["blip2.weights.save"], "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        model.save(place)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before

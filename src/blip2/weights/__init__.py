@@ -1,6 +1,6 @@
 """Where a checkpoint is, how it is named, and how it comes in and out."""
 
 from blip2.weights.load import load
-from blip2.weights.save import save
+from blip2.weights.save import save, save_model
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "save_model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +15,15 @@ import blip2
 from blip2 import adapters
 from blip2.adapters.narrowed import Narrowed
 from blip2.blip2 import Blip2
-from blip2.config import LanguageConfig, PartConfig
+from blip2.config import HUB, PRESETS, Blip2Config, LanguageConfig, PartConfig, VisionConfig, read_config
 from blip2.errors import CheckpointError, ConfigError
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.quantize import quantize_layers
 from blip2.text import Tokenizer
 from blip2.weights import paddle, transformers
-from blip2.weights.load import load, load_config
+from blip2.weights.load import load, load_config, load_language, load_tokenizer
 from blip2.weights.placement import WHOLE, Memory
+from blip2.weights.save import LANGUAGE, TOKENIZERS
 
 
 def assemble(directory: Path, device: torch.device, dtype: torch.dtype, memory: Memory = WHOLE) -> Blip2:
@@ -38,21 +40,24 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype, memory: 
     if transformers.holds(directory):
         return transformers.load(directory, device, dtype, memory)
     if isinstance(memory.device_map, Mapping):
-        raise ConfigError(f"{directory}: its frozen parts are other people's and lie on one device; use `device`")
+        raise ConfigError(f"{directory}: a model in our own format lies on one device; use `device`")
     config = load_config(directory)
     text = adapters.text_part(config.text) if config.text else None
     loaded = load(directory, text.words if text else None)
     encoder: Any = loaded.vision
     if isinstance(config.vision, PartConfig):
         encoder = adapters.image_encoder(config.vision)
-    language, tokenizer = None, None
+    language: LanguageModel | None = None
+    tokenizer = load_tokenizer(directory, "language")
     if isinstance(config.language, LanguageConfig):
-        raise CheckpointError(f"{directory}: language model {config.language.kind} is not read from this format yet")
-    if config.language is not None:
+        language = load_language(directory, config.language, device, dtype, memory)
+        if tokenizer is None:
+            raise CheckpointError(f"{directory}: {TOKENIZERS} names no tokenizer of the language model")
+    elif config.language is not None:
         language, tokenizer = adapters.language_model(config.language)
         if loaded.vocabulary is not None:
             language = _narrowed(language, tokenizer, loaded.vocabulary, directory)
-    for part in (encoder, language):
+    for part in (encoder, None if isinstance(config.language, LanguageConfig) else language):
         if isinstance(part, nn.Module):
             part.to(device, dtype)
             if memory.quantize:
@@ -63,7 +68,7 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype, memory: 
         loaded.bridge.to(device),
         language,
         tokenizer,
-        text.tokenizer if text else None,
+        text.tokenizer if text else load_tokenizer(directory, "text"),
         device,
         dtype,
         identity=_identity(directory),
@@ -78,15 +83,41 @@ def _narrowed(language: LanguageModel, tokenizer: Tokenizer, vocabulary: Tensor,
     return Narrowed(language, vocabulary)
 
 
+def named_config(name: str) -> Blip2Config:
+    """The configuration of `mini`, of the directory of a model, or of a published model; no weights are read.
+
+    Raises:
+        ConfigError: the name is none of these, or the directory's configuration is wrong.
+    """
+    directory = model_directory(name)
+    if transformers.holds(directory) or paddle.holds(directory):
+        kind = paddle if paddle.holds(directory) else transformers
+        return kind.read_config(directory)
+    file = directory / "config.json"
+    if file.is_file():
+        return read_config(file)
+    published = name.removeprefix("Salesforce/")
+    if published in HUB:
+        config = PRESETS[HUB[published]]
+        assert isinstance(config.vision, VisionConfig)
+        vision = dataclasses.replace(config.vision, key_bias=True)  # as transformers keeps it
+        return config.replace(vision=vision, word_head=False)
+    if name not in PRESETS:
+        known = ", ".join([*PRESETS, *(f"Salesforce/{each}" for each in HUB)])
+        raise ConfigError(f"{name}: neither the directory of a model nor one of {known}")
+    return PRESETS[name]
+
+
 def model_directory(name: str | Path | None) -> Path:
     """Where a model lies: `mini`, or nothing, is the one that comes with the package."""
     return Path(blip2.__file__).parent / "mini" if name in (None, "mini") else Path(str(name))
 
 
 def _identity(directory: Path) -> str:
-    """SHA-256 over everything that the directory holds of the model."""
+    """SHA-256 over what the directory holds of the model, but for the language model, which no feature comes from."""
     digest = hashlib.sha256()
-    for path in [*sorted(directory.glob("*.safetensors")), directory / "config.json"]:
+    files = [path for path in sorted(directory.glob("*.safetensors")) if path.name != LANGUAGE]
+    for path in [*files, directory / "config.json"]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

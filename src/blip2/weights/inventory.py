@@ -1,42 +1,58 @@
-"""What a model is made of: each part with its size and licence, counted without loading anything."""
+"""What a model is made of and costs: parts, sizes, memory at each precision, counted without loading anything."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from blip2.config import (
+    EVA_G,
     FLAN_T5_XL,
     FLAN_T5_XXL,
     OPT_2_7B,
     OPT_6_7B,
-    PRESETS,
     Blip2Config,
+    GemmaConfig,
     LanguageConfig,
     PartConfig,
     VisionConfig,
-    read_config,
 )
-from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
+from blip2.model.gemma import Gemma
 from blip2.model.vision import VisionTransformer
-from blip2.weights import transformers
-from blip2.weights.assemble import model_directory
-from blip2.weights.maps import transformers_config as keys
-from blip2.weights.skeleton import skeleton
-from blip2.weights.tensors import open_directory
+from blip2.weights.notices import Notice, notice
+from blip2.weights.skeleton import build_language, skeleton
 
-_APACHE = "Apache-2.0"
+GIB = 2**30
+WORKING = 2**30  # bytes beside the weights: activations of a few images, the cache of a few texts
+ADAM = 4  # a weight, its gradient and two moments
+SCALE = 4  # bytes: an output channel's in int8, a group's scale and zero in int4
+GROUP = 64  # weights that share a scale in int4
 
-# What others made: name, parameters (of frozen parts as they are loaded, norms folded), licence.
 _LANGUAGE = {OPT_2_7B: "OPT-2.7B", OPT_6_7B: "OPT-6.7B", FLAN_T5_XL: "Flan-T5-XL", FLAN_T5_XXL: "Flan-T5-XXL"}
-_LICENCE = {"opt": "OPT licence: research only", "t5": _APACHE}
+_FAMILY = {"opt": "OPT", "t5": "Flan-T5"}
+# Parts of others that are counted by hand: name, parameters as they are loaded, with norms folded.
 _PARTS = {
-    "efficientnet-lite2": ("EfficientNet-Lite2", 6_063_024, _APACHE),
-    "gemma-3-270m": ("Gemma 3 270M", 268_098_176, "Gemma terms of use"),
-    "minilm-l6": ("MiniLM-L6, word embeddings", 30_522 * 384, _APACHE),
+    "efficientnet-lite2": ("EfficientNet-Lite2", 6_063_024),
+    "gemma-3-270m": ("Gemma 3 270M", 268_098_176),
+    "minilm-l6": ("MiniLM-L6, word embeddings", 30_522 * 384),
 }
+_MODULES: Mapping[str, Callable[[], nn.Module]] = {"gemma-3-270m": lambda: Gemma(GemmaConfig())}
+# Gigabytes that a published card tells, which count OPT's tied matrix twice.
+_CARD = {"float32": 14.43, "16 bit": 7.21, "int8": 3.61, "int4": 1.8}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer by its name, with the number of its parameters."""
+
+    name: str
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -45,35 +61,68 @@ class Part:
 
     Attributes:
         parameters: None where only its own library knows.
+        linear: rows and columns of every linear layer, which int8 and int4 make smaller.
+        largest: its largest layer; None where the part was not counted layer by layer.
     """
 
     role: str
     name: str
     parameters: int | None
     trained: bool
-    licence: str
+    notice: Notice
+    linear: tuple[tuple[int, int], ...] = ()
+    largest: Layer | None = None
 
-    def bytes(self, frozen_width: int) -> int | None:
-        """Memory of its parameters; what is trained stays in float32, `frozen_width` bytes hold any other."""
-        return None if self.parameters is None else self.parameters * (4 if self.trained else frozen_width)
+    def bytes(self, precision: str) -> int | None:
+        """Memory of its parameters; what is trained stays in float32, what is no linear layer in 16 bits at least."""
+        if self.parameters is None:
+            return None
+        if self.trained or precision == "float32":
+            return 4 * self.parameters
+        rest = self.parameters - sum(rows * columns for rows, columns in self.linear)
+        return 2 * rest + sum(_PRECISIONS[precision](rows, columns) for rows, columns in self.linear)
 
 
-def named_config(name: str) -> Blip2Config:
-    """The configuration of `mini`, of the directory of a model, or of a published model.
+# Bytes of a linear layer's weights.
+_PRECISIONS: Mapping[str, Callable[[int, int], int]] = {
+    "float32": lambda rows, columns: 4 * rows * columns,
+    "16 bit": lambda rows, columns: 2 * rows * columns,
+    "int8": lambda rows, columns: rows * columns + SCALE * rows,
+    "int4": lambda rows, columns: rows * columns // 2 + SCALE * rows * -(-columns // GROUP),
+}
+PRECISIONS = tuple(_PRECISIONS)
 
-    Raises:
-        ConfigError: the name is none of these, or the directory's configuration is wrong.
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model takes at a precision of its frozen parts, in bytes.
+
+    Attributes:
+        inference: all weights.
+        bridge: to train the bridge with Adam: frozen weights, and four numbers for each that is trained.
+        everything: to train all weights with Adam; None where they are whole numbers, which are not trained.
+        card: what the published card tells, in its own gigabytes; None where it tells nothing.
     """
-    directory = model_directory(name)
-    if transformers.holds(directory):
-        values = transformers.read_json(directory / "config.json")
-        return keys.config(values, directory / "config.json", open_directory(directory).names())
-    file = directory / "config.json"
-    if file.is_file():
-        return read_config(file)
-    if name not in PRESETS:
-        raise ConfigError(f"{name}: neither the directory of a model nor one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+
+    precision: str
+    inference: int
+    bridge: int
+    everything: int | None
+    card: float | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Memory of this machine: of the processor or of a device, all of it and what is free, in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+    def fits(self, memory: Memory) -> str:
+        """`yes`, `not now` where other programs have too much of it, or `no`."""
+        need = memory.inference + WORKING
+        return "yes" if need <= self.free else "not now" if need <= self.total else "no"
 
 
 def parts_of(config: Blip2Config) -> list[Part]:
@@ -81,7 +130,9 @@ def parts_of(config: Blip2Config) -> list[Part]:
     with skeleton():
         bridge = Bridge(config)
     trained = sum(p.numel() for p in bridge.parameters() if p.requires_grad)
-    parts = [_vision(config.vision), Part("bridge", "Q-Former", trained, True, "BSD-3-Clause")]
+    notes = notice("Q-Former")
+    parts = [_vision(config.vision)]
+    parts.append(Part("bridge", "Q-Former", trained, True, notes, largest=_largest(bridge, trained=True)))
     if config.text:
         parts.append(_frozen("words", config.text))
     if isinstance(config.language, PartConfig):
@@ -91,25 +142,93 @@ def parts_of(config: Blip2Config) -> list[Part]:
     return parts
 
 
+def memory_of(config: Blip2Config, parts: Sequence[Part]) -> list[Memory]:
+    """What the parts take together at each precision; nothing where the size of one is not known."""
+    known = [(part, part.parameters) for part in parts if part.parameters is not None]
+    if len(known) < len(parts):
+        return []
+    count, trained = sum(size for _, size in known), sum(size for part, size in known if part.trained)
+    published = config.language == OPT_2_7B and isinstance(config.vision, VisionConfig) and not config.vision.pre_norm
+    found: list[Memory] = []
+    for precision in PRECISIONS:
+        inference = sum(part.bytes(precision) or 0 for part, _ in known)
+        size = {"float32": 4, "16 bit": 2}.get(precision)
+        found.append(
+            Memory(
+                precision,
+                inference,
+                inference + (ADAM - 1) * 4 * trained,
+                None if size is None else ADAM * size * count,
+                _CARD[precision] if published else None,
+            )
+        )
+    return found
+
+
+def largest_of(parts: Sequence[Part]) -> Layer | None:
+    """The largest layer of all parts that were counted."""
+    layers = [Layer(f"{part.name}: {part.largest.name}", part.largest.parameters) for part in parts if part.largest]
+    return max(layers, key=lambda layer: layer.parameters, default=None)
+
+
+def places() -> list[Place]:
+    """The memory of this machine; nothing where the system does not tell."""
+    found: list[Place] = []
+    try:
+        page, total = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+        found.append(Place("RAM", page * total, _available() or page * os.sysconf("SC_AVPHYS_PAGES")))
+    except (AttributeError, ValueError, OSError):
+        pass
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Place(f"cuda:{index}", total, free))
+    return found
+
+
+def _available() -> int | None:
+    """Bytes that Linux would give without swapping: free ones, and files that it can read again."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def _vision(config: VisionConfig | PartConfig) -> Part:
     if isinstance(config, PartConfig):
         return _frozen("image encoder", config)
-    with skeleton():
-        count = _parameters(VisionTransformer(config))
     name = "CLIP ViT-L/14" if config.pre_norm else "EVA-CLIP ViT-g/14"
-    return Part("image encoder", f"{name}, {config.image_size} px", count, False, "MIT")
+    with skeleton():
+        module = VisionTransformer(config)
+    known = (config.width, config.layers) in ((EVA_G.width, EVA_G.layers), (1024, 23))
+    shown = f"{name}, {config.image_size} px" if known else f"ViT, width {config.width}, {config.image_size} px"
+    return _counted("image encoder", shown, module)
 
 
 def _frozen(role: str, config: PartConfig) -> Part:
-    name, parameters, licence = _PARTS.get(config.name, (config.name, None, "its own"))
-    return Part(role, name, parameters, False, licence)
+    name, parameters = _PARTS.get(config.name, (config.name, None))
+    if config.name in _MODULES:
+        with skeleton():
+            return _counted(role, name, _MODULES[config.name]())
+    return Part(role, name, parameters, False, notice(name))
 
 
 def _published(config: LanguageConfig) -> Part:
     with skeleton():
-        count = _parameters(transformers.build_language(config))
-    return Part("language model", _LANGUAGE.get(config, config.kind), count, False, _LICENCE[config.kind])
+        module = build_language(config)
+    return _counted("language model", _LANGUAGE.get(config, f"{_FAMILY[config.kind]}, width {config.width}"), module)
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _counted(role: str, name: str, module: nn.Module) -> Part:
+    count = sum(parameter.numel() for parameter in module.parameters())
+    linear = [each.weight for each in module.modules() if isinstance(each, nn.Linear)]
+    shapes = tuple((int(weight.shape[0]), int(weight.shape[1])) for weight in linear)
+    return Part(role, name, count, False, notice(name), shapes, _largest(module))
+
+
+def _largest(module: nn.Module, *, trained: bool = False) -> Layer:
+    """The module with the most parameters of its own, or of those that are trained."""
+    sizes = {
+        name: sum(p.numel() for p in layer.parameters(recurse=False) if p.requires_grad or not trained)
+        for name, layer in module.named_modules()
+    }
+    most, name = max((size, name) for name, size in sizes.items())
+    return Layer(name or "itself", most)

@@ -7,16 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blip2.config import Blip2Config, VisionConfig, read_config
+from blip2.config import Blip2Config, LanguageConfig, VisionConfig, describe, read_config
 from blip2.errors import CheckpointError
 from blip2.model.bridge import Bridge
+from blip2.model.opt import OPT
+from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
-from blip2.weights.save import FROZEN_WORDS
-from blip2.weights.skeleton import skeleton
+from blip2.text import Tokenizer
+from blip2.weights.fill import Part, fill
+from blip2.weights.placement import WHOLE, Memory, plan
+from blip2.weights.rules import same
+from blip2.weights.save import FROZEN_WORDS, LANGUAGE, TOKENIZERS, TokenizerIds
+from blip2.weights.skeleton import build_language, skeleton
+from blip2.weights.tensors import Safetensors
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,43 @@ def load_config(directory: Path) -> Blip2Config:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no model here; give a directory that blip2 saved, or nothing for `mini`")
     return read_config(path)
+
+
+def load_language(
+    directory: Path, config: LanguageConfig, device: torch.device, dtype: torch.dtype | None, memory: Memory = WHOLE
+) -> OPT | T5:
+    """The language model that `save_model` wrote, its tensors read one by one.
+
+    Raises:
+        CheckpointError: its file is missing, damaged, or does not fit.
+    """
+    with skeleton():
+        language = build_language(config)
+    path = directory / LANGUAGE
+    rules = same({f"language.{name}": name for name in language.state_dict()})
+    part = Part.of(language, dtype)
+    home = plan({"language": language}, device, memory)
+    fill({"language": part}, rules, Safetensors.open([path]), path, home)
+    home.connect({"language": language})
+    return language
+
+
+def load_tokenizer(directory: Path, name: str) -> Tokenizer | None:
+    """A tokenizer that `save_model` wrote, `language` or `text`; None where a frozen part brings it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    path = directory / TOKENIZERS
+    if not path.is_file():
+        return None
+    try:
+        ids = TypeAdapter(dict[str, TokenizerIds]).validate_json(path.read_bytes()).get(name)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {describe(error)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    return None if ids is None else Tokenizer.from_file(directory / f"{name}-tokenizer.json", **vars(ids))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

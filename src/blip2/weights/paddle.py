@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from blip2.blip2 import Blip2
+from blip2.config import Blip2Config
 from blip2.errors import CheckpointError
 from blip2.files import replacing
-from blip2.weights import pdparams, transformers
+from blip2.weights import card, pdparams, transformers
 from blip2.weights.maps import paddle as maps
 from blip2.weights.maps import transformers_config as keys
 from blip2.weights.placement import WHOLE, Memory
@@ -33,6 +34,16 @@ _VISION_EPS = 1e-5  # where the file leaves it out
 def holds(directory: Path) -> bool:
     """Whether a directory is of this format."""
     return (directory / FILE).is_file()
+
+
+def read_config(directory: Path) -> Blip2Config:
+    """What a directory's configuration and the names of its tensors tell.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    path = directory / "config.json"
+    return keys.config(_translated(transformers.read_json(path)), path, pdparams.read(directory / FILE).keys())
 
 
 def load(directory: Path, device: torch.device, dtype: torch.dtype | None, memory: Memory = WHOLE) -> Blip2:
@@ -64,9 +75,11 @@ def save(model: Blip2, directory: Path) -> None:
     theirs = to_theirs(maps.blip2(model.config), transformers.tensors_of(model), "this model")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)  # until all is there, there is no model
         pdparams.write(theirs, directory / FILE)
         with replacing(directory / "tokenizer.json") as partial:
             tokenizer.rust.save(str(partial))
+        card.write(directory, model.config)
         with replacing(directory / "config.json") as partial:
             partial.write_text(json.dumps(_untranslated(values), indent=2) + "\n")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Modules without weights, to be filled from a file."""
+"""Modules without weights, to be filled from a file or only counted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from blip2.config import LanguageConfig, OPTConfig
+from blip2.model.opt import OPT
+from blip2.model.t5 import T5
+
 
 @contextmanager
 def skeleton() -> Generator[None]:
@@ -18,6 +22,11 @@ def skeleton() -> Generator[None]:
     """
     with torch.device("meta"), _Undrawn():
         yield
+
+
+def build_language(config: LanguageConfig) -> OPT | T5:
+    """The language model of a configuration."""
+    return OPT(config) if isinstance(config, OPTConfig) else T5(config)
 
 
 class _Undrawn(TorchFunctionMode):

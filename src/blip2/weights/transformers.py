@@ -19,18 +19,16 @@ from blip2.errors import CheckpointError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
 from blip2.model.heads import TEMPERATURE
-from blip2.model.opt import OPT
-from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.quantize import check_plain
 from blip2.text import Tokenizer
-from blip2.weights import vocabulary
+from blip2.weights import card, vocabulary
 from blip2.weights.fill import Part, fill
 from blip2.weights.maps import transformers as maps
 from blip2.weights.maps import transformers_config as keys
 from blip2.weights.placement import WHOLE, Memory, plan, put
 from blip2.weights.rules import Rule, check, to_theirs
-from blip2.weights.skeleton import skeleton
+from blip2.weights.skeleton import build_language, skeleton
 from blip2.weights.tensors import Safetensors, Tensors, open_directory
 
 EXTRA = "blip2-extra.safetensors"  # what the format has no place for, under our names
@@ -46,6 +44,16 @@ def holds(directory: Path) -> bool:
         return "model_type" in json.loads((directory / "config.json").read_text())
     except (OSError, ValueError, TypeError):
         return False
+
+
+def read_config(directory: Path) -> Blip2Config:
+    """What a directory's configuration and the names of its tensors tell; no weights are read.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    path = directory / "config.json"
+    return keys.config(read_json(path), path, open_directory(directory).names())
 
 
 def load(directory: Path, device: torch.device, dtype: torch.dtype | None, memory: Memory = WHOLE) -> Blip2:
@@ -143,6 +151,7 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
     extra = {name: tensor for name, tensor in state.items() if name not in ours}
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").unlink(missing_ok=True)  # until all is there, there is no model
         _write_shards(rules, state, directory, shard_bytes)
         if extra:
             _save(extra, directory / EXTRA)
@@ -152,6 +161,7 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
         if tokenizer is not None:
             with replacing(directory / "tokenizer.json") as partial:
                 tokenizer.rust.save(str(partial))
+        card.write(directory, model.config)
         with replacing(directory / "config.json") as partial:  # the last: without it there is no model
             partial.write_text(json.dumps(values, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
@@ -217,11 +227,6 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     with replacing(path) as partial:
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(stored, partial, {"format": "pt"})
-
-
-def build_language(config: OPTConfig | T5Config) -> OPT | T5:
-    """The language model of a configuration."""
-    return OPT(config) if isinstance(config, OPTConfig) else T5(config)
 
 
 def _beside(bridge: Bridge, lacking: Sequence[str], extra: Tensors | None) -> dict[str, Tensor]:

@@ -55,16 +55,23 @@ def verify(name: str, images: Sequence[Path] = (), prompts: Sequence[str] = ("",
     directory = hub.download(name) if hub.is_name(name) else Path(name)
     if not transformers.holds(directory):
         raise ConfigError(f"{directory}: only models in transformers' format have something to be compared with")
-    pictures = [image.open(path) for path in images] or _drawn()
-    ours = _ours(directory, pictures, prompts)
+    pictures = [image.open(path) for path in images] or drawn()
+    seen = ours(directory, pictures, prompts)
     gc.collect()
-    theirs = _theirs(directory, ours, prompts)
-    return [_compare(what, value, theirs[what]) for what, value in ours.values.items()]
+    expected = theirs(directory, seen, prompts)
+    return [compare(what, value, expected[what]) for what, value in seen.values.items()]
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What our model computed, and what the other needs to do the same."""
+class Seen:
+    """What our model computed, and what the other needs to do the same.
+
+    Attributes:
+        values: tensors, and rows of tokens, by what they are.
+        pixels: float32[N, 3, H, W].
+        ids: of each prompt, the begin token with it.
+        stop_ids: what ends a text.
+    """
 
     values: dict[str, Any]
     pixels: Tensor
@@ -73,7 +80,13 @@ class _Seen:
 
 
 @torch.inference_mode()
-def _ours(directory: Path, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> _Seen:
+def ours(directory: Path, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Seen:
+    """What our model computes of some pictures, in float32 on the CPU.
+
+    Raises:
+        ConfigError: it does not write.
+        CheckpointError: it cannot be loaded.
+    """
     model = transformers.load(directory, torch.device("cpu"), torch.float32)
     if model.language is None:
         raise ConfigError(f"{directory}: a model that matches; only those that write are compared")
@@ -94,7 +107,7 @@ def _ours(directory: Path, pictures: Sequence[Image.Image], prompts: Sequence[st
             decoding = Decoding.of({"num_beams": beams, "max_new_tokens": NEW_TOKENS})
             found = model.write(features, [prompt] * len(pictures), decoding)
             values[_tokens(prompt, beams)] = [list(text.ids) for [text] in found]
-    return _Seen(values, pixels, [[*_begin(model), *row] for row in ids], tokenizer.stop_ids)
+    return Seen(values, pixels, [[*_begin(model), *row] for row in ids], tokenizer.stop_ids)
 
 
 def _begin(model: Blip2) -> list[int]:
@@ -104,12 +117,17 @@ def _begin(model: Blip2) -> list[int]:
 
 
 @torch.inference_mode()
-def _theirs(directory: Path, ours: _Seen, prompts: Sequence[str]) -> dict[str, Any]:
+def theirs(directory: Path, seen: Seen, prompts: Sequence[str]) -> dict[str, Any]:
+    """What transformers computes of the same, by the same names.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     library = require("transformers", "the comparison")
     model: Any = library.Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     slot = 0 if model.config.image_token_index is None else model.config.image_token_index
     model.config.image_token_index = slot
-    patches = model.vision_model(ours.pixels).last_hidden_state
+    patches = model.vision_model(seen.pixels).last_hidden_state
     queries = model.qformer(
         query_embeds=model.query_tokens.expand(len(patches), -1, -1), encoder_hidden_states=patches
     ).last_hidden_state
@@ -119,22 +137,22 @@ def _theirs(directory: Path, ours: _Seen, prompts: Sequence[str]) -> dict[str, A
         "visual prefix": model.language_projection(queries),
     }
     writes_apart = model.language_model.config.is_encoder_decoder
-    for prompt, row in zip(prompts, ours.ids, strict=True):
+    for prompt, row in zip(prompts, seen.ids, strict=True):
         ids = torch.tensor([[slot] * queries.shape[1] + row]).expand(len(patches), -1)
         more: dict[str, Any] = {}
         if writes_apart:
             more["decoder_input_ids"] = torch.full(
                 (len(patches), 1), model.language_model.config.decoder_start_token_id
             )
-        output = model(pixel_values=ours.pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+        output = model(pixel_values=seen.pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **more)
         found[f"first logits after {prompt!r}"] = output.logits[:, -1].float()
         for beams in (1, BEAMS):
             written = model.generate(
-                pixel_values=ours.pixels, input_ids=ids, num_beams=beams, max_new_tokens=NEW_TOKENS, do_sample=False,
+                pixel_values=seen.pixels, input_ids=ids, num_beams=beams, max_new_tokens=NEW_TOKENS, do_sample=False,
                 length_penalty=1.0,
             )  # fmt: skip
             rows: list[list[int]] = written[:, 1 if writes_apart else ids.shape[1] :].tolist()
-            found[_tokens(prompt, beams)] = [_until(tokens, ours.stop_ids) for tokens in rows]
+            found[_tokens(prompt, beams)] = [_until(tokens, seen.stop_ids) for tokens in rows]
     return found
 
 
@@ -147,14 +165,15 @@ def _until(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
     return tokens[:end]
 
 
-def _compare(what: str, ours: Any, theirs: Any) -> Line:
-    if not isinstance(ours, Tensor):
-        return Line(what, None, ours == theirs)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+def compare(what: str, found: Any, expected: Any) -> Line:
+    """One line of the report: tensors by their largest difference, tokens as they are."""
+    if not isinstance(found, Tensor):
+        return Line(what, None, found == expected)
+    difference = float((found - expected).abs().max() / expected.abs().max())
     return Line(what, difference, difference <= TOLERANCE)
 
 
-def _drawn() -> list[Image.Image]:
+def drawn() -> list[Image.Image]:
     """Two pictures of coloured noise, coarse and fine."""
     draw = np.random.default_rng(0)
     return [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from blip2.errors import CheckpointError
 from blip2.text import Tokenizer
+from blip2.weights import sentencepiece
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+MOST_EXTRA_IDS = 10_000
 
 
 def read(directory: Path, **ids: Any) -> Tokenizer:
@@ -26,6 +29,10 @@ def read(directory: Path, **ids: Any) -> Tokenizer:
     if vocabulary.is_file() and merges.is_file():
         given: dict[str, Any] = {"rust": _byte_level(vocabulary, merges), **ids}
         return Tokenizer(**given)
+    pieces = directory / "spiece.model"
+    if pieces.is_file():
+        given = {"rust": sentencepiece.tokenizer(pieces, _extra_ids(directory)), **ids}
+        return Tokenizer(**given)
     raise CheckpointError(f"{path}: missing; save the processor beside the model with save_pretrained")
 
 
@@ -42,3 +49,16 @@ def _byte_level(vocabulary: Path, merges: Path) -> Any:
     rust.decoder = decoders.ByteLevel()
     rust.add_special_tokens([token for token in _SPECIAL if rust.token_to_id(token) is not None])
     return rust
+
+
+def _extra_ids(directory: Path) -> int:
+    """How many sentinels T5's vocabulary has, where the folder tells."""
+    path = directory / "tokenizer_config.json"
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    count = values.get("extra_ids", sentencepiece.EXTRA_IDS) if isinstance(values, dict) else None
+    if not isinstance(count, int) or not 0 <= count <= MOST_EXTRA_IDS:
+        raise CheckpointError(f"{path}: extra_ids is {count!r}, not a number up to {MOST_EXTRA_IDS}")
+    return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -77,6 +78,7 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+ALIKE = 0.85  # of two keys, by difflib: one letter in ten or so is wrong
 OPT_PROMPTS = PromptConfig(visual="before_bos", question="Question: {} Answer:")
 T5_PROMPTS = PromptConfig(visual="before_bos", question="Question: {} Short answer:")
 T5_ACTIVATIONS: Mapping[str, Any] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -105,6 +107,8 @@ def _config(values: Mapping[str, Any], source: object, names: Collection[str]) -
         raise CheckpointError(f"{source}: model_type is {values.get('model_type')!r}, not 'blip-2'")
     vision, qformer = values.get("vision_config") or {}, values.get("qformer_config") or {}
     _refuse_others(qformer, FIXED["qformer_config"], f"{source}: qformer_config")
+    _refuse_misspelt(vision, VISION, f"{source}: vision_config")
+    _refuse_misspelt(qformer, QFORMER, f"{source}: qformer_config")
     retrieves = "Blip2ForImageTextRetrieval" in (values.get("architectures") or ()) or "itm_head.weight" in names
     tied = "language_model.lm_head.weight" not in names
     language = None if retrieves else _language(values.get("text_config") or {}, source, tied)
@@ -137,17 +141,24 @@ def _check(config: Blip2Config, source: object, tensors: int) -> None:
             raise CheckpointError(f"{source}: {key}: {part.layers} layers, and the checkpoint has {tensors} tensors")
         if not isinstance(part, T5Config) and part.width % part.heads:
             raise CheckpointError(f"{source}: {key}: {part.heads} heads cannot share a width of {part.width}")
+    if config.vision.width != config.qformer.encoder_width:
+        raise CheckpointError(
+            f"{source}: qformer_config: encoder_hidden_size is {config.qformer.encoder_width}, "
+            f"the image encoder's is {config.vision.width}"
+        )
 
 
 def _language(values: Mapping[str, Any], source: object, tied: bool) -> LanguageConfig:
     kind = values.get("model_type", "opt")
     if kind == "opt":
         _refuse_others(values, FIXED["opt"], f"{source}: text_config")
+        _refuse_misspelt(values, OPT, f"{source}: text_config")
         width = values.get("hidden_size", 768)
         if (values.get("word_embed_proj_dim") or width) != width:
             raise CheckpointError(f"{source}: text_config: word_embed_proj_dim is not hidden_size, as in OPT-350m")
         return OPTConfig(**_read(values, OPT))
     if kind == "t5":
+        _refuse_misspelt(values, T5, f"{source}: text_config")
         kind = str(values.get("feed_forward_proj", "relu"))
         activation = values.get("dense_act_fn") or ("gelu_new" if kind == "gated-gelu" else kind.partition("-")[2])
         if not kind.startswith("gated-") or activation not in T5_ACTIVATIONS:
@@ -158,6 +169,14 @@ def _language(values: Mapping[str, Any], source: object, tied: bool) -> Language
         scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings") is not False)
         return T5Config(**_read(values, T5), activation=T5_ACTIVATIONS[activation], tied=tied, scaled=scaled)
     raise CheckpointError(f"{source}: text_config: a language model of kind {kind!r}; opt and t5 are known")
+
+
+def _refuse_misspelt(values: Mapping[str, Any], table: Mapping[str, tuple[str, Any]], where: str) -> None:
+    """Files hold many keys that say nothing here; one that is nearly a missing key of ours would be lost in silence."""
+    lacking = [theirs for theirs, _ in table.values() if theirs not in values]
+    for key in sorted(values.keys() - {theirs for theirs, _ in table.values()}):
+        if meant := difflib.get_close_matches(key, lacking, 1, ALIKE):
+            raise CheckpointError(f"{where}: unknown key {key!r}; {meant[0]!r} is meant, by the look of it")
 
 
 def _read(values: Mapping[str, Any], table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
