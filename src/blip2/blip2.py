@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from blip2.device import pick_device, pick_dtype
 from blip2.errors import ConfigError, PromptError
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
-from blip2.one_or_many import Images, Shown, generation, is_list, pair, present, sentence, unwrap
+from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, present, sentence, unwrap
 from blip2.protocols import ImageEncoder, LanguageModel
+from blip2.quantize import Scheme, check_scheme
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
 
@@ -74,7 +75,7 @@ class Blip2:
         parts: list[ImageFeatures] = []
         for start in range(0, len(items), batch_size):
             pixels = transform([image.open(item) for item in items[start : start + batch_size]])
-            parts.append(self._features(pixels))
+            parts.append(self.features(pixels))
         return ImageFeatures.concatenate(parts)
 
     def embed_images(self, images: Images) -> Tensor:
@@ -117,7 +118,7 @@ class Blip2:
         """
         words = self.config.prompts.caption if prompt is None else prompt
         single = not is_list(images)
-        features, counts = self._grouped(images)
+        features, counts = grouped(self.encode, images)
         own = self.config.captions
         decoding = Decoding.of(
             options,
@@ -155,14 +156,14 @@ class Blip2:
         """
         single = isinstance(questions, str) and not is_list(images)
         asked = [questions] if isinstance(questions, str) else list(questions)
-        features, counts = self._grouped(images)
+        features, counts = grouped(self.encode, images)
         features, counts, asked = pair(features, counts, asked)
         prompts = [self.config.prompts.question.format(sentence(question)) for question in asked]
         if choices is not None:
             if stream or options:
                 named = "stream" if stream else next(iter(options))
                 raise ConfigError(f"{named!r} does not go with choices: they are ranked, not written")
-            ranked = self._rank(features, prompts, choices, counts)
+            ranked = self.rank(features, prompts, choices, counts)
             return unwrap(ranked if details else [ranking.best for ranking in ranked], single)
         if stream:
             return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details, counts)
@@ -219,7 +220,14 @@ class Blip2:
 
     # -- within ----------------------------------------------------------------------------------------------------
 
-    def _features(self, pixels: Tensor) -> ImageFeatures:
+    def features(self, pixels: Tensor) -> ImageFeatures:
+        """What `encode` gives, of pixels that are transformed already; with gradient to the bridge where it is on.
+
+        Args:
+            pixels: float[N, 3, S, S], normalised with the encoder's mean and std, S its image size.
+        Raises:
+            ImageError: of another size.
+        """
         patches = self.encoder(pixels.to(self.device, self.dtype)).float()  # (N, P, Dv)
         hidden = self.bridge.look(self.bridge.see(patches)).hidden  # (N, Q, D)
         vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0]
@@ -248,14 +256,6 @@ class Blip2:
         if self.language is None or self.tokenizer is None:
             raise ConfigError("this model has no language model: it matches and embeds, but does not write")
         return self.language, self.tokenizer
-
-    def _grouped(self, images: Shown) -> tuple[ImageFeatures, list[int]]:
-        """All images encoded, and how many of them each prompt has."""
-        if isinstance(images, list | tuple) and any(isinstance(item, list | tuple | ImageFeatures) for item in images):
-            parts = [self.encode(item) for item in images]
-            return ImageFeatures.concatenate(parts), [len(part) for part in parts]
-        features = self.encode(cast("Images", images))
-        return features, [1] * len(features)
 
     def _prefix(
         self, features: ImageFeatures, prompts: Sequence[str], room: int, counts: Sequence[int]
@@ -318,14 +318,26 @@ class Blip2:
         return generate.pieces((ids[0] for ids in steps if ids[0] is not None), tokenizer.decode)
 
     @torch.inference_mode()
-    def _rank(
-        self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str], counts: Sequence[int]
+    def rank(
+        self,
+        features: ImageFeatures,
+        prompts: Sequence[str],
+        choices: Sequence[str],
+        counts: Sequence[int] | None = None,
     ) -> list[Ranking]:
+        """Given answers after each prompt, in the words that the language model is given.
+
+        Args:
+            counts: images of each prompt; one each where None.
+        Raises:
+            PromptError: fewer than two choices, or an empty one.
+        """
         if len(choices) < 2 or not all(choice.strip() for choice in choices):
             raise PromptError("give at least two choices, none of them empty")
         language, tokenizer = self.writer()
         ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
         ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"
+        counts = [1] * len(prompts) if counts is None else counts
         embeds, lengths = self._prefix(features, prompts, max(map(len, ids)), counts)
         scores = generate.rank(language, embeds, lengths, ids)  # (N, C)
         return [Ranking(tuple(choices), tuple(row)) for row in scores.tolist()]
@@ -336,6 +348,8 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Scheme | None = None,
+    device_map: Literal["auto"] | Mapping[str, str | int] | None = None,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -349,21 +363,31 @@ def load(
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32.
+        quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from
+            the file; the activations keep `dtype`.
+        device_map: `auto` spreads the frozen parts' blocks over `device`, the other CUDA devices and the CPU's memory,
+            by what is free, and keeps the rest on disk. Or places by name, the longest that fits: {"vision": "cuda:0",
+            "language.layers": 1, "language.layers.31": "disk"}; blocks are called vision.blocks.N, language.layers.N
+            (OPT), language.encoder.N and language.decoder.N (T5). What lies in the CPU's memory or on disk is
+            brought to `device` when it runs. None puts all on `device`.
         revision, token, offline: of a model on the hub: a branch, tag or commit; a user's token; whether to take what
             the cache has and ask nobody.
         parts: of a LAVIS file, which holds what was trained only: where its `vision`, `language` and `text` are; those
             left out are looked for beside it (`eva_vit_g.pth`, `opt-2.7b/`, `bert-base-uncased/`, ...).
     Raises:
         CheckpointError: no such model, or it is damaged.
+        ConfigError: an argument has a value that there is not, or that does not go with the others.
         MissingExtraError: its frozen parts are not installed.
     """
     from blip2.weights import hub, lavis
     from blip2.weights.assemble import assemble, model_directory
+    from blip2.weights.placement import Memory, check_map
 
     place = pick_device(device)
     half = pick_dtype(dtype, place)
+    memory = Memory(check_scheme(quantize), check_map(device_map))
     if str(name).endswith(lavis.SUFFIX):
-        return lavis.load(Path(str(name)), place, half, parts=parts)
+        return lavis.load(Path(str(name)), place, half, memory, parts=parts)
     if parts:
         raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
     if name is not None and hub.is_name(str(name)):
@@ -372,4 +396,4 @@ def load(
         raise ConfigError(f"{name}: `revision` and `token` are for models on the hub, OWNER/NAME")
     else:
         directory = model_directory(name)
-    return assemble(directory, place, half)
+    return assemble(directory, place, half, memory)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -73,6 +76,21 @@ def computes(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
     return dtype is torch.bfloat16 and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a CUDA device, or in the CPU's memory, as far as the system and its control group say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    free = pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    with contextlib.suppress(OSError, ValueError):  # in a container; "max" where it has no limit
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return max(free, 0)
 
 
 def _unknown(name: str) -> ConfigError:

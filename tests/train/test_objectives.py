@@ -128,14 +128,14 @@ def test_a_share_of_the_rows_is_what_a_smaller_batch_of_them_gives(bridge: Bridg
     assert calls == [3 * 2]
 
 
-def test_diversity_is_the_mean_squared_cosine_of_what_queries_say(bridge: Bridge, batch: Batch):
+def test_diversity_is_of_the_cosines_of_what_queries_say(bridge: Bridge, batch: Batch):
     loss = Stage1(bridge, weights={"diversity": 0.5})(batch, 0)["diversity"]
 
     hidden = bridge.look(bridge.see(batch.images)).hidden
     said = hidden - hidden.mean(0)
     pairs = [(one, two) for one in range(4) for two in range(4) if one != two]
     cosines = torch.stack([F.cosine_similarity(said[:, one], said[:, two], dim=-1) for one, two in pairs])
-    torch.testing.assert_close(loss, 0.5 * cosines.square().mean())
+    torch.testing.assert_close(loss, -0.5 * torch.log(1.001 - cosines.square()).mean())
 
 
 def test_diversity_keeps_queries_apart(batch: Batch):
@@ -151,6 +151,22 @@ def test_diversity_keeps_queries_apart(batch: Batch):
         return Stage1(own, weights={"diversity": 1.0})(batch, 0)["diversity"].item()
 
     assert alike(1.0) < 0.5 * alike(0.0)
+
+
+def test_equal_queries_part(bridge: Bridge, batch: Batch):
+    with torch.no_grad():
+        start = bridge.qformer.query_tokens[:, :1] + 1e-3 * torch.randn(1, 4, 16)
+        bridge.qformer.query_tokens.copy_(start)
+    objective = Stage1(bridge, weights={"diversity": 1.0})
+    optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-2)
+    losses = []
+    for step in range(60):
+        losses.append(objective(batch, step)["diversity"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > 3.0  # cosines of 0.975 and more
+    assert losses[-1] < 0.5  # of 0.63 and less
 
 
 def test_a_step_of_training_does_not_see_all_patches(bridge: Bridge, batch: Batch):

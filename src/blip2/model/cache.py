@@ -18,7 +18,7 @@ ROOM = 16  # positions that are made room for at a time
 
 
 class Cache:
-    """Keys and values, layer by layer; satisfies `protocols.Cache`.
+    """Keys and values, layer by layer, each on its layer's device; satisfies `protocols.Cache`.
 
     Args:
         lengths: int64[P], how many positions of each prompt are real.
@@ -33,8 +33,8 @@ class Cache:
         self.steps = 0
         self._prompts: list[tuple[Tensor, Tensor]] = []  # L of float[P, A, S, d]
         self._own: list[tuple[Tensor, Tensor]] = []  # L of float[B, A, room, d], the first t of which are written
-        self._places: tuple[Tensor, int] | None = None
-        self._masks: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        self._places = self.owners, 1  # of each row among its prompt's, int64[B] into P * n, and n, the most of one
+        self._masks: dict[tuple[int, int | None, torch.device], tuple[Tensor, Tensor]] = {}
 
     def select(self, rows: Tensor) -> Cache:
         """The rows in a new order, int64[N], some perhaps many times or not at all."""
@@ -42,11 +42,11 @@ class Cache:
         prompts = self._prompts
         used = owners.unique()
         if 2 * len(used) <= len(left):  # most prompts have no rows any more: the rest is worth a copy
-            prompts = [(key[used], value[used]) for key, value in prompts]
+            prompts = [(key[used.to(key.device)], value[used.to(value.device)]) for key, value in prompts]
             owners, left = torch.searchsorted(used, owners), left[used]
         chosen = Cache(left)
         chosen.owners, chosen.steps = owners, self.steps
-        chosen._prompts = prompts
+        chosen._prompts, chosen._places = prompts, _places(owners, len(left))
         chosen._own = [(_moved(key, rows, self.steps), _moved(value, rows, self.steps)) for key, value in self._own]
         return chosen
 
@@ -90,7 +90,7 @@ class Cache:
         query = query.unflatten(1, (heads, -1)).flatten(2, 3) * scale  # (B, A, G * T, d)
         prompt_key, prompt_value = self._prompts[layer]
         own_key, own_value = self._add(layer, key, value)  # (B, A, t, d)
-        seen, own_seen = self._visible(count, window)
+        seen, own_seen = self._visible(count, window, query.device)
         groups = query.shape[2] // count
         scores = self._to_rows(self._to_prompts(query) @ prompt_key.mT, query.shape[2])  # (B, A, G * T, S)
         scores = scores.masked_fill(~seen.repeat(1, groups, 1)[:, None], float("-inf"))
@@ -103,7 +103,7 @@ class Cache:
     def cross(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention to the prompt of each row alone: float[B, H, T, d] to float[B, T, H * d] (encoder-decoders)."""
         key, value = self._prompts[layer]
-        real = torch.arange(key.shape[2], device=key.device) < self.lengths[:, None]  # (P, S)
+        real = torch.arange(key.shape[2], device=key.device) < self.lengths.to(key.device)[:, None]  # (P, S)
         seen = attend(self._to_prompts(query), key, value, real[:, None, None], scale=scale)  # (P, n * T, H * d)
         return self._to_rows(seen[:, None], query.shape[2])[:, 0]
 
@@ -139,12 +139,12 @@ class Cache:
             room[:, :, self.steps : end] = new
         return old[0][:, :, :end], old[1][:, :, :end]
 
-    def _visible(self, count: int, window: int | None) -> tuple[Tensor, Tensor]:
+    def _visible(self, count: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """What new positions may see of their prompt, bool[B, T, S], and of their row, bool[T, t]."""
-        if (count, window) not in self._masks:
-            device, size = self.lengths.device, self._prompts[0][0].shape[2]
+        if (count, window, device) not in self._masks:
+            size = self._prompts[0][0].shape[2]
             new = self.steps + torch.arange(count, device=device)  # (T,) counted from the end of the prompt
-            lengths = self.lengths[self.owners][:, None, None]  # (B, 1, 1)
+            lengths = self.lengths[self.owners].to(device)[:, None, None]  # (B, 1, 1)
             place = torch.arange(size, device=device)
             seen = (place < lengths).expand(-1, count, -1)  # (B, T, S)
             back = new[:, None] - torch.arange(self.steps + count, device=device)  # (T, t)
@@ -152,31 +152,30 @@ class Cache:
             if window is not None:
                 seen = seen & (lengths + new[:, None] - place < window)
                 own = own & (back < window)
-            self._masks[count, window] = seen, own
-        return self._masks[count, window]
-
-    def _rank(self) -> tuple[Tensor, int]:
-        """A place for each row among its prompt's, int64[B] into P * n, and n, the most rows of a prompt."""
-        if self._places is None:
-            counts = self.owners.bincount(minlength=len(self.lengths))
-            order = self.owners.argsort(stable=True)
-            starts = counts.cumsum(0) - counts
-            rank = torch.empty_like(order)
-            rank[order] = torch.arange(len(order), device=order.device) - starts[self.owners[order]]
-            most = int(counts.max())
-            self._places = self.owners * most + rank, most
-        return self._places
+            self._masks[count, window, device] = seen, own
+        return self._masks[count, window, device]
 
     def _to_prompts(self, x: Tensor) -> Tensor:
         """float[B, A, M, X] to float[P, A, n * M, X]: the rows of one prompt beside each other, zeros where few."""
-        places, most = self._rank()
-        spread = x.new_zeros(len(self.lengths) * most, *x.shape[1:]).index_copy(0, places, x)
+        places, most = self._places
+        spread = x.new_zeros(len(self.lengths) * most, *x.shape[1:]).index_copy(0, places.to(x.device), x)
         return spread.unflatten(0, (-1, most)).transpose(1, 2).flatten(2, 3)
 
     def _to_rows(self, x: Tensor, width: int) -> Tensor:
         """float[P, A, n * M, X] back to float[B, A, M, X]."""
-        places, most = self._rank()
-        return x.unflatten(2, (most, width)).transpose(1, 2).flatten(0, 1)[places]
+        places, most = self._places
+        return x.unflatten(2, (most, width)).transpose(1, 2).flatten(0, 1)[places.to(x.device)]
+
+
+def _places(owners: Tensor, prompts: int) -> tuple[Tensor, int]:
+    """A place for each row among its prompt's, int64[B] into P * n, and n, the most rows of a prompt."""
+    counts = owners.bincount(minlength=prompts)
+    order = owners.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - starts[owners[order]]
+    most = int(counts.max()) if len(owners) else 0
+    return owners * most + rank, most
 
 
 def _room(like: Tensor, length: int) -> Tensor:
@@ -197,5 +196,5 @@ def _joined(old: Tensor, new: Tensor, steps: int) -> Tensor:
 
 def _moved(old: Tensor, rows: Tensor, steps: int) -> Tensor:
     new = old.new_empty(len(rows), *old.shape[1:])
-    new[:, :, :steps] = old[rows, :, :steps]
+    new[:, :, :steps] = old[rows.to(old.device), :, :steps]
     return new

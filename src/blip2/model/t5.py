@@ -89,7 +89,18 @@ class T5(Language):
         return chosen_log_probs(hidden, targets, vocabulary, self.vocab_size, lambda x: self.logits(x, vocabulary))
 
     def read(self, prefix: Tensor, lengths: Tensor) -> Cache:
-        """The encoder, and what the decoder's layers will see of its output.
+        """The encoder, and what the decoder's layers will see of its output; arguments as `encode`."""
+        return self.remember(self.encode(prefix, lengths), lengths)
+
+    def remember(self, encoded: Tensor, lengths: Tensor) -> Cache:
+        """What the decoder's layers will see of an encoder's output, float[P, S, D]."""
+        cache = Cache(lengths)
+        for layer in cast("list[DecoderLayer]", self.decoder):
+            cache.keep(*layer.keys_values(encoded))
+        return cache
+
+    def encode(self, prefix: Tensor, lengths: Tensor) -> Tensor:
+        """The encoder's output, float[P, S, D].
 
         Args:
             prefix: float[P, S, D], right-padded.
@@ -104,11 +115,7 @@ class T5(Language):
         x = prefix.to(self.words.weight.dtype)
         for layer in self.encoder:
             x = layer(x, bias)
-        x = self.encoder_norm(x)
-        cache = Cache(lengths)
-        for layer in cast("list[DecoderLayer]", self.decoder):
-            cache.keep(*layer.keys_values(x))
-        return cache
+        return self.encoder_norm(x)
 
     def write(self, ids: Tensor, cache: Cache) -> Tensor:
         """The decoder on new tokens, int64[B, T]: float[B, T, D], what each next token is predicted from."""
@@ -173,8 +180,8 @@ class DecoderLayer(nn.Module):
 class FeedForward(nn.Module):
     """x + down(gelu(gate) * up), after a norm.
 
-    In float16 T5's activations pass what the type can hold: `down` then keeps float32 weights (see `half_safe`), and
-    the sum is cut at the type's end, as in transformers.
+    In float16 T5's activations pass what the type can hold: gate, product and `down`, whose weights stay in float32
+    (see `half_safe`), are then computed in float32, and the sum is cut at the type's end, as in transformers.
     """
 
     def __init__(self, config: T5Config) -> None:
@@ -186,11 +193,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)
-        inner = F.gelu(gate, approximate=self.approximate) * up
-        out = self.down(inner.to(self.down.weight.dtype))
-        if x.dtype == torch.float16:
-            return (x.float() + out).clamp(-HALF_END, HALF_END).to(x.dtype)
-        return x + out
+        half = x.dtype == torch.float16
+        if half:
+            x, gate, up = x.float(), gate.float(), up.float()
+        x = x + self.down(F.gelu(gate, approximate=self.approximate) * up)
+        return x.clamp(-HALF_END, HALF_END).half() if half else x
 
 
 class RelativePositions(nn.Module):

@@ -26,7 +26,7 @@ from blip2.train.features import FeatureCache, PrototypeFeatures
 from blip2.train.log import now_and_then, say
 from blip2.train.objectives import LOSSES, Batch, Stage1, Stage2
 from blip2.train.recipe import Recipe, Source
-from blip2.train.start import model_config, start_bridge
+from blip2.train.start import begin_projection, model_config, start_bridge
 from blip2.train.validation import Validation
 
 if TYPE_CHECKING:
@@ -254,6 +254,8 @@ def _objective(
         assert first is not None  # stage 1 always reads texts
         return first.to(device)
     language, tokenizer = parts.language()
+    language = _frozen(language, device, half)
+    begin_projection(bridge, language)
     vocabulary = None
     if recipe.vocabulary == "used":
         pairs = [(texts.prompts.caption, caption) for caption in captions]
@@ -262,7 +264,7 @@ def _objective(
         vocabulary = _used([*texts.tokenize(pairs)[1].tolist(), tokenizer.stop_ids])  # an end is learned against others
     stage2 = Stage2(
         bridge,
-        _frozen(language, device, half),
+        language,
         encoder,
         bos=tokenizer.bos,
         world=world,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,24 +18,29 @@ from blip2.blip2 import Blip2
 from blip2.config import HUB, PRESETS, Blip2Config, LanguageConfig, PartConfig, VisionConfig, read_config
 from blip2.errors import CheckpointError, ConfigError
 from blip2.protocols import ImageEncoder, LanguageModel
+from blip2.quantize import quantize_layers
 from blip2.text import Tokenizer
 from blip2.weights import paddle, transformers
 from blip2.weights.load import load, load_config, load_language, load_tokenizer
+from blip2.weights.placement import WHOLE, Memory
 from blip2.weights.save import LANGUAGE, TOKENIZERS
 
 
-def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2:
+def assemble(directory: Path, device: torch.device, dtype: torch.dtype, memory: Memory = WHOLE) -> Blip2:
     """A model from a directory in our own format or in that of transformers.
 
     Args:
         dtype: of the frozen parts.
+        memory: how they are kept; a model in our own format lies on one device.
     Raises:
         CheckpointError, ConfigError, MissingExtraError: see `blip2.load`.
     """
     if paddle.holds(directory):
-        return paddle.load(directory, device, dtype)
+        return paddle.load(directory, device, dtype, memory)
     if transformers.holds(directory):
-        return transformers.load(directory, device, dtype)
+        return transformers.load(directory, device, dtype, memory)
+    if isinstance(memory.device_map, Mapping):
+        raise ConfigError(f"{directory}: its frozen parts are other people's and lie on one device; use `device`")
     config = load_config(directory)
     text = adapters.text_part(config.text) if config.text else None
     loaded = load(directory, text.words if text else None)
@@ -44,7 +50,7 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
     language: LanguageModel | None = None
     tokenizer = load_tokenizer(directory, "language")
     if isinstance(config.language, LanguageConfig):
-        language = load_language(directory, config.language, device, dtype)
+        language = load_language(directory, config.language, device, dtype, memory)
         if tokenizer is None:
             raise CheckpointError(f"{directory}: {TOKENIZERS} names no tokenizer of the language model")
     elif config.language is not None:
@@ -54,6 +60,8 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype) -> Blip2
     for part in (encoder, None if isinstance(config.language, LanguageConfig) else language):
         if isinstance(part, nn.Module):
             part.to(device, dtype)
+            if memory.quantize:
+                quantize_layers(part, memory.quantize, device)
     return Blip2(
         config,
         cast("ImageEncoder", encoder),

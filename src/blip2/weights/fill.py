@@ -1,16 +1,28 @@
-"""Give modules their weights, one tensor after another: read, joined, cast, moved. Nothing is held twice."""
+"""Give modules their weights, one tensor after another: read, joined, cast, made coarse, moved. None is held twice.
+
+On a CPU a tensor that keeps its type stays mapped to the checkpoint's safetensors: its pages come when it is used, and
+the system may drop them. What is meant to lie on disk and is not there as it is needed gets a file of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blip2.errors import CheckpointError
+from blip2.files import cache_directory
+from blip2.model.t5 import T5
+from blip2.quantize import in_blocks, quantized
+from blip2.weights.placement import DISK, FROZEN, Home, put
 from blip2.weights.rules import Rule, check, listed
-from blip2.weights.tensors import Tensors
+from blip2.weights.tensors import Safetensors, Tensors
 
 Progress = Callable[[int, int], None]
 """Tensors that are loaded, of how many."""
@@ -21,12 +33,21 @@ class Part:
     """One module of a model that is being loaded.
 
     Attributes:
-        module: from `skeleton()`.
-        dtype: that its weights are to have; each its own where None.
+        module: from `skeleton()`, its tensors in the types that they are to have.
+        keeps: whether each tensor has the checkpoint's type instead.
     """
 
     module: nn.Module
-    dtype: torch.dtype | None
+    keeps: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype | None) -> Part:
+        """With weights of a type, that of the checkpoint where None; in float16, T5's that must be float32 are."""
+        if dtype is not None:
+            module.to(dtype)
+        if dtype is torch.float16 and isinstance(module, T5):
+            module.half_safe()
+        return cls(module, dtype is None)
 
 
 def fill(
@@ -34,7 +55,7 @@ def fill(
     rules: Sequence[Rule],
     tensors: Tensors,
     source: object,
-    device: torch.device,
+    home: Home,
     *,
     ignored: Collection[str] = (),
     given: Collection[str] = (),
@@ -46,10 +67,12 @@ def fill(
         parts: modules by what stands before the dot in our names.
         rules: without `*`.
         source: what an error calls the checkpoint.
+        home: where the tensors go; `home.connect` makes them work together when all are filled.
         ignored: tensors of theirs that may be there and are not needed.
         given: tensors of ours that are filled elsewhere.
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape; the message lists them.
+        CheckpointError: tensors are missing, left over or of another shape; the message lists them. Or the disk that
+            some are to lie on is full.
     """
     check((name for rule in rules for name in rule.theirs), tensors.names() - {*ignored}, source)
     wanted = {
@@ -58,23 +81,57 @@ def fill(
     check(wanted.keys() - {*given}, (name for rule in rules for name in rule.ours), "our names")
     _check_shapes(rules, tensors, wanted, source)
     for number, rule in enumerate(rules):
-        made = rule.operation.join([tensors.get(name) for name in rule.theirs])
+        read = [tensors.get(name) for name in rule.theirs]
+        made = rule.operation.join(read)
         for name, tensor in zip(rule.ours, made, strict=True):
-            key, _, path = name.partition(".")
-            put(parts[key].module, path, tensor.to(device, parts[key].dtype or tensor.dtype))
+            mapped = isinstance(tensors, Safetensors) and any(tensor is each for each in read)
+            _settle(parts[name.partition(".")[0]], name, tensor, home, mapped=mapped)
         if progress is not None:
             progress(number + 1, len(rules))
 
 
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """A parameter or buffer of a module's module, by its dotted name."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    old = getattr(owner, leaf)
-    if isinstance(old, nn.Parameter):
-        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
-    else:
-        owner.register_buffer(leaf, tensor)
+def _settle(part: Part, name: str, tensor: Tensor, home: Home, *, mapped: bool) -> None:
+    """One tensor to its place, as it is to lie there.
+
+    Args:
+        mapped: whether it lies in a file of the checkpoint.
+    """
+    key, _, path = name.partition(".")
+    module, _, leaf = path.rpartition(".")
+    place = home.place(name)
+    here = torch.device("cpu" if place == DISK else place)
+    owner = part.module.get_submodule(module)
+    if home.quantize and key in FROZEN and in_blocks(path) and leaf == "weight" and type(owner) is nn.Linear:
+        computes = home.device if here.type == "cpu" else here
+        layer = quantized(owner, tensor.to(here), home.quantize, computes)
+        if place == DISK:
+            layer.weight, layer.scale = on_disk(layer.weight), on_disk(layer.scale)
+        part.module.set_submodule(module, layer)
+        return
+    made = tensor.to(here, tensor.dtype if part.keeps else getattr(owner, leaf).dtype)
+    put(part.module, path, on_disk(made) if place == DISK and not (mapped and made is tensor) else made)
+
+
+def on_disk(tensor: Tensor) -> Tensor:
+    """The same values, mapped from a file in the cache directory that is gone when they are.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    path = cache_directory() / "offload" / f"{secrets.token_hex(8)}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"tensor": tensor.contiguous()}, path)
+        mapped = Safetensors.open([path]).get("tensor")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path.parent}: what does not fit into memory cannot be written: {error}; free some space there or set "
+            "BLIP2_CACHE to another directory"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):  # where an open file cannot be deleted it stays in the cache
+            path.unlink(missing_ok=True)
+    return mapped
 
 
 def _check_shapes(rules: Sequence[Rule], tensors: Tensors, wanted: Mapping[str, Tensor], source: object) -> None:

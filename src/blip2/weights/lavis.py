@@ -16,14 +16,14 @@ from blip2.config import PRESETS, Blip2Config, LanguageConfig, OPTConfig, T5Conf
 from blip2.errors import CheckpointError, ConfigError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
-from blip2.model.opt import OPT
-from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
+from blip2.quantize import check_plain
 from blip2.text import Tokenizer
 from blip2.weights import transformers, vocabulary
 from blip2.weights.fill import Part, fill
 from blip2.weights.maps import lavis as maps
 from blip2.weights.maps import transformers as transformers_maps
+from blip2.weights.placement import WHOLE, Home, Memory, plan
 from blip2.weights.rules import Rule, for_layers, to_theirs, within
 from blip2.weights.skeleton import skeleton
 from blip2.weights.tensors import Pickled, Tensors, open_directory, read_pickle
@@ -42,6 +42,7 @@ def load(
     path: Path,
     device: torch.device,
     dtype: torch.dtype | None,
+    memory: Memory = WHOLE,
     *,
     parts: Mapping[str, str | Path] | None = None,
     config: Blip2Config | None = None,
@@ -50,6 +51,7 @@ def load(
 
     Args:
         dtype: of the frozen parts; the bridge computes in float32. None keeps every tensor's own type, for converting.
+        memory: how the frozen parts are kept.
         parts: where they are, those that the file lacks: `vision` (LAVIS's own file of the image encoder), `language`
             and `text` (directories of transformers: the language model, a BERT tokenizer). What is not named is looked
             for beside the file under its published name.
@@ -69,18 +71,21 @@ def load(
         language = None
         if isinstance(config.language, LanguageConfig):
             language = transformers.build_language(config.language)
-    modules = {"bridge": Part(bridge, None if dtype is None else torch.float32), "vision": Part(vision, dtype)}
+    modules = {"bridge": Part.of(bridge, None if dtype is None else torch.float32), "vision": Part.of(vision, dtype)}
+    every = modules if language is None else modules | {"language": Part.of(language, dtype)}
+    home = plan({key: part.module for key, part in every.items()}, device, memory)
     rules, tower = maps.trained(config), maps.vision(config.vision)
     if any(name.startswith(_WITHIN) for name in tensors.names()):
         if "vision" in named:
             raise ConfigError(f"parts: {path} holds its image encoder, leave `vision` out")
-        fill(modules, rules + within(tower, theirs=_WITHIN), tensors, path, device, ignored=maps.BESIDE)
+        fill(modules, rules + within(tower, theirs=_WITHIN), tensors, path, home, ignored=maps.BESIDE)
     else:
-        fill({"bridge": modules["bridge"]}, rules, tensors, path, device, ignored=maps.BESIDE)
-        _fill_vision(modules["vision"], config.vision, tower, path, named, device)
+        fill({"bridge": modules["bridge"]}, rules, tensors, path, home, ignored=maps.BESIDE)
+        _fill_vision(modules["vision"], config.vision, tower, path, named, home)
     tokenizer = None
     if language is not None:
-        tokenizer = _fill_language(language, path, named, device, dtype)
+        tokenizer = _fill_language(every["language"], language.config, path, named, home)
+    home.connect({key: part.module for key, part in every.items()})
     return Blip2(
         config,
         vision.requires_grad_(False).eval(),
@@ -111,6 +116,7 @@ def save(model: Blip2, path: Path, *, vision: bool = False) -> None:
     state: dict[str, Tensor] = {f"bridge.{name}": tensor for name, tensor in model.bridge.state_dict().items()}
     if vision:
         assert isinstance(model.encoder, nn.Module)
+        check_plain(model.encoder)
         rules += within(maps.vision(config.vision), theirs=_WITHIN)
         state |= {f"vision.{name}": tensor for name, tensor in model.encoder.state_dict().items()}
     theirs = {name: tensor.detach().cpu() for name, tensor in to_theirs(rules, state, "this model").items()}
@@ -154,19 +160,18 @@ def _image_size(tensors: Tensors, config: VisionConfig) -> int:
 
 
 def _fill_vision(
-    part: Part, config: VisionConfig, rules: list[Rule], path: Path, named: Mapping[str, Path], device: torch.device
+    part: Part, config: VisionConfig, rules: list[Rule], path: Path, named: Mapping[str, Path], home: Home
 ) -> None:
     file = _find("vision", _CLIP if config.pre_norm else _EVA, path, named)
     tensors = Pickled.of(read_pickle(file), file)
     later = tuple(f"{block}.{config.layers}." for block in ("blocks", "transformer.resblocks"))
     unused = {name for name in tensors.names() if name.startswith((*later, *_UNUSED)) or name in ("proj", "mask_token")}
-    fill({"vision": part}, rules, tensors, file, device, ignored=unused)
+    fill({"vision": part}, rules, tensors, file, home, ignored=unused)
 
 
 def _fill_language(
-    language: OPT | T5, path: Path, named: Mapping[str, Path], device: torch.device, dtype: torch.dtype | None
+    part: Part, config: OPTConfig | T5Config, path: Path, named: Mapping[str, Path], home: Home
 ) -> Tokenizer:
-    config = language.config
     kinds = _LANGUAGES[isinstance(config, T5Config)]
     directory = _find("language", kinds.get(config.width, "its directory"), path, named)
     tensors = open_directory(directory)
@@ -179,7 +184,7 @@ def _fill_language(
     copies = {name.removeprefix("language_model.") for name in transformers_maps.BESIDE}
     beside = copies - {name for rule in rules for name in rule.theirs}
     ours = within(rules, ours="language.")
-    fill({"language": Part(language, dtype)}, ours, tensors, directory, device, ignored=beside)
+    fill({"language": part}, ours, tensors, directory, home, ignored=beside)
     return vocabulary.read(directory, **ids)
 
 

@@ -20,6 +20,7 @@ from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.text import Tokenizer
 from blip2.weights.fill import Part, fill
+from blip2.weights.placement import WHOLE, Memory, plan
 from blip2.weights.rules import same
 from blip2.weights.save import FROZEN_WORDS, LANGUAGE, TOKENIZERS, TokenizerIds
 from blip2.weights.skeleton import build_language, skeleton
@@ -81,8 +82,13 @@ def load_config(directory: Path) -> Blip2Config:
     return read_config(path)
 
 
-def load_language(directory: Path, config: LanguageConfig, device: torch.device, dtype: torch.dtype | None) -> OPT | T5:
+def load_language(
+    directory: Path, config: LanguageConfig, device: torch.device, dtype: torch.dtype | None, memory: Memory = WHOLE
+) -> OPT | T5:
     """The language model that `save_model` wrote, its tensors read one by one.
+
+    Args:
+        memory: how it is kept.
 
     Raises:
         CheckpointError: its file is missing, damaged, or does not fit.
@@ -91,9 +97,9 @@ def load_language(directory: Path, config: LanguageConfig, device: torch.device,
         language = build_language(config)
     path = directory / LANGUAGE
     rules = same({f"language.{name}": name for name in language.state_dict()})
-    fill({"language": Part(language, dtype)}, rules, Safetensors.open([path]), path, device)
-    if isinstance(language, T5) and dtype == torch.float16:
-        language.half_safe()
+    home = plan({"language": language}, device, memory)
+    fill({"language": Part.of(language, dtype)}, rules, Safetensors.open([path]), path, home)
+    home.connect({"language": language})
     return language
 
 

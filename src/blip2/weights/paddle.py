@@ -16,6 +16,7 @@ from blip2.files import replacing
 from blip2.weights import card, pdparams, transformers
 from blip2.weights.maps import paddle as maps
 from blip2.weights.maps import transformers_config as keys
+from blip2.weights.placement import WHOLE, Memory
 from blip2.weights.rules import to_theirs
 from blip2.weights.tensors import Pickled
 
@@ -45,18 +46,20 @@ def read_config(directory: Path) -> Blip2Config:
     return keys.config(_translated(transformers.read_json(path)), path, pdparams.read(directory / FILE).keys())
 
 
-def load(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Blip2:
+def load(directory: Path, device: torch.device, dtype: torch.dtype | None, memory: Memory = WHOLE) -> Blip2:
     """A model, read without running anything that its pickle names.
 
     Args:
         dtype: of the frozen parts; the bridge computes in float32. None keeps every tensor's own type, for converting.
+        memory: how the frozen parts are kept.
     Raises:
         CheckpointError: a file is missing or damaged, the model is of another kind, or its tensors do not fit.
     """
     values = _translated(transformers.read_json(directory / "config.json"))
     tensors = Pickled(pdparams.read(directory / FILE))
     config = keys.config(values, directory / "config.json", tensors.names())
-    return transformers.build(config, values, tensors, maps.blip2(config), maps.BESIDE, directory, device, dtype)
+    rules = maps.blip2(config)
+    return transformers.build(config, values, tensors, rules, maps.BESIDE, directory, device, dtype, memory)
 
 
 def save(model: Blip2, directory: Path) -> None:

@@ -19,13 +19,14 @@ from blip2.errors import CheckpointError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
 from blip2.model.heads import TEMPERATURE
-from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
+from blip2.quantize import check_plain
 from blip2.text import Tokenizer
 from blip2.weights import card, vocabulary
-from blip2.weights.fill import Part, fill, put
+from blip2.weights.fill import Part, fill
 from blip2.weights.maps import transformers as maps
 from blip2.weights.maps import transformers_config as keys
+from blip2.weights.placement import WHOLE, Memory, plan, put
 from blip2.weights.rules import Rule, check, to_theirs
 from blip2.weights.skeleton import build_language, skeleton
 from blip2.weights.tensors import Safetensors, Tensors, open_directory
@@ -55,11 +56,12 @@ def read_config(directory: Path) -> Blip2Config:
     return keys.config(read_json(path), path, open_directory(directory).names())
 
 
-def load(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Blip2:
-    """A model, its tensors read one by one and cast on their way.
+def load(directory: Path, device: torch.device, dtype: torch.dtype | None, memory: Memory = WHOLE) -> Blip2:
+    """A model, its tensors read one by one, cast and made coarse on their way.
 
     Args:
         dtype: of the frozen parts; the bridge computes in float32. None keeps every tensor's own type, for converting.
+        memory: how the frozen parts are kept.
     Raises:
         CheckpointError: a file is missing or damaged, the model is of another kind, or its tensors do not fit; the
             message lists them.
@@ -70,7 +72,7 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype | None) -> Bl
     config = keys.config(values, directory / "config.json", tensors.names())
     if extra is not None:
         config = config.replace(word_head=any(name.startswith("bridge.heads.words.") for name in extra.names()))
-    return build(config, values, tensors, maps.blip2(config), maps.BESIDE, directory, device, dtype, extra)
+    return build(config, values, tensors, maps.blip2(config), maps.BESIDE, directory, device, dtype, memory, extra)
 
 
 def build(
@@ -82,6 +84,7 @@ def build(
     directory: Path,
     device: torch.device,
     dtype: torch.dtype | None,
+    memory: Memory = WHOLE,
     extra: Tensors | None = None,
 ) -> Blip2:
     """A model of a configuration from a checkpoint's tensors, whatever they are called there.
@@ -97,18 +100,18 @@ def build(
     with skeleton():
         bridge, vision = Bridge(config), _vision(config)
         language = build_language(config.language) if isinstance(config.language, OPTConfig | T5Config) else None
-    parts = {"vision": Part(vision, dtype), "bridge": Part(bridge, None if dtype is None else torch.float32)}
+    parts = {"vision": Part.of(vision, dtype), "bridge": Part.of(bridge, None if dtype is None else torch.float32)}
     if language is not None:
-        parts["language"] = Part(language, dtype)
+        parts["language"] = Part.of(language, dtype)
+    home = plan({key: part.module for key, part in parts.items()}, device, memory)
     filled = {name for rule in rules for name in rule.ours}
     lacking = [name for name in bridge.state_dict() if f"bridge.{name}" not in filled]
     ignored = set(beside) - {name for rule in rules for name in rule.theirs}
-    fill(parts, rules, tensors, directory, device, ignored=ignored, given=[f"bridge.{name}" for name in lacking])
+    fill(parts, rules, tensors, directory, home, ignored=ignored, given=[f"bridge.{name}" for name in lacking])
     _check_copies(tensors, ignored, rules, directory)
-    if isinstance(language, T5) and dtype == torch.float16:
-        language.half_safe()
     for name, tensor in _beside(bridge, lacking, extra).items():
         put(bridge, name, tensor.to(device, tensor.dtype if dtype is None else torch.float32))
+    home.connect({key: part.module for key, part in parts.items()})
     tokenizer = _tokenizer(directory, config, values)
     return Blip2(
         config,
@@ -166,8 +169,15 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
 
 
 def tensors_of(model: Blip2) -> dict[str, Tensor]:
-    """Everything that a model computes with, under our names."""
+    """Everything that a model computes with, under our names.
+
+    Raises:
+        CheckpointError: its weights are in int8 or int4.
+    """
     parts = {"vision": model.encoder, "bridge": model.bridge, "language": model.language}
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            check_plain(part)
     return {
         f"{key}.{name}": tensor
         for key, part in parts.items()

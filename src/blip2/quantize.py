@@ -1,0 +1,314 @@
+"""Linear layers whose weights take 8 or 4 bits; nothing else in the package knows how they multiply.
+
+Only weights are made coarse. int8: one scale an output channel. int4: a scale and a zero for each 64 inputs of an
+output channel. Activations lose nothing that counts, outliers among them: where the machine multiplies whole numbers,
+each row goes in as two int8 halves, 16 bits together, of its own largest value; it never depends on its neighbours.
+
+What a device multiplies with is found by asking it: a kernel is used where it gives the right numbers on a small
+example, else the weights are made plain piece by piece. The plain way is also the one with a gradient.
+
+Letters: M rows, K inputs, N outputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2.device import computes
+from blip2.errors import CheckpointError, ConfigError
+
+Scheme = Literal["int8", "int4"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+
+GROUP = 64  # inputs that share a scale in int4: divides the widths of every published model
+BLOCKS = (64, 32)  # outputs that int4 packs together: what kernels for AVX-512 and for AVX2 read
+PLAIN_AT_ONCE = 2**22  # weights that are made plain, or coarse, at a time: 16 MB in float32
+MANY = 192  # rows from which plain bfloat16 weights beat the kernel that reads int4
+FEW = 8  # rows up to which int8 weights read once beat a product in float32
+INT8_END, INT4_LEVELS, INT4_MIDDLE = 127, 15, 8
+HALVES = 2 * INT8_END  # steps of the second half in one of the first
+
+
+def check_scheme(name: str | None) -> Scheme | None:
+    """A scheme by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name is None:
+        return None
+    for scheme in SCHEMES:
+        if name == scheme:
+            return scheme
+    raise ConfigError(f"quantize {name!r} is none; use {' or '.join(SCHEMES)}, or leave it out")
+
+
+class QuantLinear(nn.Module, ABC):
+    """x Wᵀ + b, in the type of x; the gradient to x is that of the plain weights.
+
+    Attributes:
+        weight: int8, as the scheme lays it out.
+        scale: what makes it plain again.
+        bias: float[N] or None.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.scale: Tensor
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = bias
+
+    @abstractmethod
+    def plain(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weights, some output channels after another: float[n, K]."""
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ without a gradient, by the fastest way that is right: float[M, K] to float[M, N]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)  # (M, K)
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        out = self._plainly(rows) if wanted else self.product(rows)  # (M, N)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _plainly(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, some) for some in self.plain(x.dtype)], dim=1)
+
+
+class Int8Linear(QuantLinear):
+    """int8 weights [N, K] with scales float32[N].
+
+    On CPUs that multiply whole numbers (AVX512-VNNI, AMX, AVX-VNNI) and on CUDA by torch's `_int_mm`; on other CPUs few
+    rows by its `_weight_int8pack_mm`. What CUDA gives is checked as what a CPU gives.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
+        super().__init__(weight, scale, bias)
+        outputs, inputs = weight.shape
+        fits = device.type == "cpu" or not (outputs % 8 or inputs % 8)
+        self._whole_numbers = fits and multiplies_whole_numbers(device.type)
+        self._few_rows = device.type == "cpu" and not self._whole_numbers and reads_int8()
+
+    def plain(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """See `QuantLinear`."""
+        for rows in _pieces(*self.weight.shape):
+            yield self.weight[rows].float().mul_(self.scale[rows, None]).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `QuantLinear`."""
+        if self._whole_numbers:
+            return by_halves(x, self.weight) * self.scale
+        if self._few_rows and len(x) <= FEW:
+            return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale.bfloat16()).float()
+        return self._plainly(x)
+
+
+class Int4Linear(QuantLinear):
+    """int4 weights, two a byte [N/B, K, B/2], with scales and zeros bfloat16[G, N, 2].
+
+    A byte holds an output channel of the first half of its block below one of the second: what torch's CPU kernels read
+    (`torch.ops.aten._weight_int4pack_mm_for_cpu`). On CUDA the weights are made plain, piece by piece: a quarter of the
+    memory, not faster.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
+        super().__init__(weight, scale, bias)
+        self._reads = device.type == "cpu" and reads_int4() == 2 * weight.shape[2]
+        self._half = device.type == "cpu" and computes(torch.bfloat16, device)
+
+    def plain(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """See `QuantLinear`."""
+        return plain_int4(self.weight, self.scale, dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `QuantLinear`."""
+        if not self._reads or (self._half and len(x) > MANY):
+            return self._plainly(x.bfloat16() if self._half else x)
+        return by_int4(x, self.weight, self.scale)
+
+
+@torch.no_grad()
+def quantized(linear: nn.Linear, weight: Tensor, scheme: Scheme, device: torch.device) -> QuantLinear:
+    """A linear layer with coarse weights.
+
+    Args:
+        linear: gives its bias, whose values may come later.
+        weight: float[N, K], on whichever device it is to be made coarse and stay.
+        scheme: int4 takes int8 where it does not fit: inputs in groups of 64, outputs in blocks of 64 or 32.
+        device: that it computes on.
+    """
+    bias = cast("nn.Parameter | None", linear.bias)
+    outputs, inputs = weight.shape
+    block = (reads_int4() if device.type == "cpu" else None) or BLOCKS[0]
+    if scheme == "int4" and not (inputs % GROUP or outputs % block):
+        return Int4Linear(*_to_int4(weight, block), bias, device)
+    return Int8Linear(*_to_int8(weight), bias, device)
+
+
+def quantize_layers(module: nn.Module, scheme: Scheme, device: torch.device) -> None:
+    """Make the linear layers of a module's blocks coarse, one after another, where they are.
+
+    What stands in no list of blocks keeps its weights: embeddings, heads, projections.
+    """
+    for name, child in list(module.named_modules()):
+        if type(child) is nn.Linear and in_blocks(name):
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, quantized(child, child.weight, scheme, device))
+
+
+def in_blocks(name: str) -> bool:
+    """Whether a dotted name goes through a list of blocks."""
+    return any(step.isdigit() for step in name.split("."))
+
+
+def coarse_size(shape: torch.Size, scheme: Scheme) -> int:
+    """Bytes of a weight of shape (N, K) with what makes it plain again."""
+    outputs, inputs = shape
+    if scheme == "int4" and not (inputs % GROUP or outputs % BLOCKS[0]):
+        return outputs * inputs // 2 + 4 * outputs * inputs // GROUP
+    return outputs * inputs + 4 * outputs
+
+
+def check_plain(module: nn.Module) -> None:
+    """Raises CheckpointError where weights are coarse: no format of checkpoints holds them."""
+    if any(isinstance(child, QuantLinear) for child in module.modules()):
+        raise CheckpointError("int8 and int4 weights are not written: load the model without `quantize` to save it")
+
+
+# -- making weights coarse ---------------------------------------------------------------------------------------------
+
+
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    coarse = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in _pieces(*weight.shape):
+        some = weight[rows].float()
+        scales[rows] = _above_zero(some.abs().amax(1) / INT8_END)
+        coarse[rows] = (some / scales[rows, None]).round_().to(torch.int8)
+    return coarse, scales
+
+
+def _to_int4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    outputs, inputs = weight.shape
+    packed = torch.empty(outputs // block, inputs, block // 2, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=weight.device)
+    for rows in _pieces(outputs, inputs, of=block):
+        some = weight[rows].float().unflatten(1, (-1, GROUP))  # (n, G, 64)
+        low, high = some.aminmax(dim=2)
+        scale = _above_zero((high - low) / INT4_LEVELS).bfloat16()
+        zero = (low + INT4_MIDDLE * scale.float()).bfloat16()
+        levels = (some - zero[..., None].float()).div_(scale[..., None].float()).add_(INT4_MIDDLE)
+        levels = levels.round_().clamp_(0, INT4_LEVELS).to(torch.uint8).view(-1, 2, block // 2, inputs)
+        both = (levels[:, 0] | (levels[:, 1] << 4)).transpose(1, 2)  # (n/B, K, B/2)
+        packed[rows.start // block : rows.stop // block] = both.view(torch.int8)
+        scales[:, rows] = torch.stack([scale, zero], dim=-1).transpose(0, 1)
+    return packed, scales
+
+
+def _above_zero(scale: Tensor) -> Tensor:
+    return scale.clamp(min=torch.finfo(torch.bfloat16).tiny)  # zeros stay zeros
+
+
+def _pieces(outputs: int, inputs: int, of: int = 1) -> Iterator[slice]:
+    """Some output channels after another, a multiple of so many each time, few enough to be held in float32."""
+    step = max(of, PLAIN_AT_ONCE // inputs // of * of)
+    return (slice(start, min(start + step, outputs)) for start in range(0, outputs, step))
+
+
+# -- what a device multiplies with -------------------------------------------------------------------------------------
+
+
+def by_halves(x: Tensor, weight: Tensor) -> Tensor:
+    """Activations times int8 weights, float[M, K] and int8[N, K] to float32[M, N], in whole numbers.
+
+    A row is split into its value in steps of its largest over 127 and the rest in steps 254 times as fine: 16 bits, so
+    that a channel 60 times the others costs them nothing. The sums of whole numbers are exact.
+    """
+    count = len(x)
+    x = x.float()
+    step = (x.abs().amax(1, keepdim=True) / INT8_END).clamp(min=torch.finfo(torch.float32).tiny * HALVES)  # (M, 1)
+    high = (x / step).round()
+    low = ((x - high * step) * (HALVES / step)).round()
+    both = torch.cat([high, low]).to(torch.int8)  # (2M, K)
+    if x.is_cuda:  # its kernel takes more than 16 rows, in eights
+        both = F.pad(both, (0, 0, 0, max(32, -(-len(both) // 8) * 8) - len(both)))
+    sums = torch.ops.aten._int_mm(both, weight.T)
+    return (sums[:count] * step).add_(sums[count : 2 * count] * (step / HALVES))
+
+
+def by_int4(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Activations times int4 weights, as `Int4Linear` holds them, by torch's kernel: float[M, K] to float32[M, N]."""
+    blocks, inputs, half = weight.shape
+    packed = weight.view(torch.uint8).view(2 * half * blocks, inputs // 2)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, scale).float()
+
+
+def plain_int4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """int4 weights, as `Int4Linear` holds them, made plain, some output channels after another: float[n, K]."""
+    blocks, inputs, half = weight.shape
+    for rows in _pieces(2 * half * blocks, inputs, of=2 * half):
+        packed = weight[rows.start // (2 * half) : rows.stop // (2 * half)].view(torch.uint8)
+        packed = packed.transpose(0, 1)  # (K, n/B, B/2)
+        levels = torch.empty(*packed.shape[:2], 2, half, dtype=dtype, device=packed.device)
+        levels[:, :, 0], levels[:, :, 1] = packed & 15, packed >> 4
+        width, zero = scale[:, None, rows].to(dtype).unbind(-1)  # (G, 1, n)
+        plain = levels.view(-1, GROUP, width.shape[-1]).mul_(width).add_(zero - INT4_MIDDLE * width)
+        yield plain.view(inputs, -1).T
+
+
+@functools.cache
+def multiplies_whole_numbers(device: str) -> bool:
+    """Whether `torch._int_mm` is there and exact: without VNNI a CPU's sums overflow on the way."""
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-127, 128, (32, 512), generator=draw, dtype=torch.int8) for _ in range(2))
+    left[0], left[1], right[0], right[1] = 127, -127, 127, -127
+    exact = (left.double() @ right.double().T).to(torch.int32)
+    return _tried(lambda: torch.equal(torch.ops.aten._int_mm(left.to(device), right.to(device).T).cpu(), exact))
+
+
+@functools.cache
+def reads_int8() -> bool:
+    """Whether `torch._weight_int8pack_mm` is there and right."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (64, 128), generator=draw, dtype=torch.int8)
+    x, scale = torch.randn(3, 128, generator=draw).bfloat16(), torch.rand(64, generator=draw).bfloat16()
+    exact = x.float() @ (weight * scale.float()[:, None]).T
+    return _tried(lambda: _close(torch.ops.aten._weight_int8pack_mm(x, weight, scale), exact))
+
+
+@functools.cache
+def reads_int4() -> int | None:
+    """How many outputs go into a block of what `torch.ops.aten._weight_int4pack_mm_for_cpu` reads; None without it."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 2 * GROUP, generator=draw)
+    x = torch.randn(3, 2 * GROUP, generator=draw).bfloat16()
+    for block in BLOCKS:
+        packed = _to_int4(weight, block)
+        exact = torch.cat([F.linear(x.float(), some) for some in plain_int4(*packed, torch.float32)], dim=1)
+        if _tried(lambda packed=packed, exact=exact: _close(by_int4(x, *packed), exact)):
+            return block
+    return None
+
+
+def _tried(test: Callable[[], bool]) -> bool:
+    """Whether a kernel passes; where this torch has none of that name, or refuses, it does not."""
+    try:
+        return bool(test())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _close(found: Tensor, exact: Tensor) -> bool:
+    return bool((found.float() - exact).abs().max() <= 2**-6 * exact.abs().max())  # the kernels sum in bfloat16
