@@ -22,7 +22,7 @@ from blip2.device import pick_device, pick_dtype
 from blip2.errors import ConfigError, PromptError
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
-from blip2.one_or_many import Images, Shown, generation, is_list, pair, present, sentence, unwrap
+from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, present, sentence, unwrap
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.quantize import check_scheme
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
@@ -118,7 +118,7 @@ class Blip2:
         """
         words = self.config.prompts.caption if prompt is None else prompt
         single = not is_list(images)
-        features, counts = self._grouped(images)
+        features, counts = grouped(self.encode, images)
         own = self.config.captions
         decoding = Decoding.of(
             options,
@@ -156,7 +156,7 @@ class Blip2:
         """
         single = isinstance(questions, str) and not is_list(images)
         asked = [questions] if isinstance(questions, str) else list(questions)
-        features, counts = self._grouped(images)
+        features, counts = grouped(self.encode, images)
         features, counts, asked = pair(features, counts, asked)
         prompts = [self.config.prompts.question.format(sentence(question)) for question in asked]
         if choices is not None:
@@ -256,14 +256,6 @@ class Blip2:
         if self.language is None or self.tokenizer is None:
             raise ConfigError("this model has no language model: it matches and embeds, but does not write")
         return self.language, self.tokenizer
-
-    def _grouped(self, images: Shown) -> tuple[ImageFeatures, list[int]]:
-        """All images encoded, and how many of them each prompt has."""
-        if isinstance(images, list | tuple) and any(isinstance(item, list | tuple | ImageFeatures) for item in images):
-            parts = [self.encode(item) for item in images]
-            return ImageFeatures.concatenate(parts), [len(part) for part in parts]
-        features = self.encode(cast("Images", images))
-        return features, [1] * len(features)
 
     def _prefix(
         self, features: ImageFeatures, prompts: Sequence[str], room: int, counts: Sequence[int]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from blip2 import image
 from blip2.decoding import Decoding
@@ -24,6 +24,15 @@ def is_list(images: Shown) -> bool:
     if isinstance(images, list | tuple | ImageFeatures):
         return True
     return getattr(images, "ndim", 0) == 4
+
+
+def grouped(encode: Callable[[Images], ImageFeatures], images: Shown) -> tuple[ImageFeatures, list[int]]:
+    """All images encoded, and how many of them each prompt has."""
+    if isinstance(images, list | tuple) and any(isinstance(item, list | tuple | ImageFeatures) for item in images):
+        parts = [encode(item) for item in images]
+        return ImageFeatures.concatenate(parts), [len(part) for part in parts]
+    features = encode(cast("Images", images))
+    return features, [1] * len(features)
 
 
 def pair(

@@ -54,12 +54,12 @@ def test_every_model_on_the_hub_is_known_by_its_name(name: str):
     assert ("language model" in [part["role"] for part in parts]) == ("itm" not in name)
 
 
-def test_int8_and_int4_make_linear_layers_small_and_leave_the_rest():
+def test_int8_and_int4_make_blocks_small_and_leave_the_rest():
     config = PRESETS["pretrain_flant5xl"]
     language = parts_of(config)[-1]
     assert language.parameters is not None
     linear = sum(rows * columns for rows, columns in language.linear)
-    assert language.parameters - linear < 1.1 * 32128 * 2048  # the embeddings
+    assert language.parameters - linear < 2.1 * 32128 * 2048  # embeddings and head
     scales = 4 * sum(rows for rows, _ in language.linear)
     assert language.bytes("int8") == linear + scales + 2 * (language.parameters - linear)
     assert 0.5 < (language.bytes("int4") or 0) / linear < 0.7

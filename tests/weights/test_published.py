@@ -26,6 +26,7 @@ from blip2.weights.fill import Part, fill
 from blip2.weights.maps import lavis as lavis_maps
 from blip2.weights.maps import transformers as maps
 from blip2.weights.maps import transformers_config as keys
+from blip2.weights.placement import Home
 from blip2.weights.rules import within
 from blip2.weights.skeleton import skeleton
 from blip2.weights.transformers import build_language
@@ -143,13 +144,13 @@ def filled(config: Blip2Config, tensors: Listed, ignored: Sequence[str]) -> dict
     """Our modules, from a checkpoint of this format; nothing may be missing or left over."""
     assert isinstance(config.vision, VisionConfig)
     with skeleton():
-        parts = {"vision": Part(VisionTransformer(config.vision), None), "bridge": Part(Bridge(config), None)}
+        parts = {"vision": Part.of(VisionTransformer(config.vision), None), "bridge": Part.of(Bridge(config), None)}
         if isinstance(config.language, LanguageConfig):
-            parts["language"] = Part(build_language(config.language), None)
+            parts["language"] = Part.of(build_language(config.language), None)
     rules = maps.blip2(config)
     given = ["bridge.heads.temperature"] if config.heads else []
     beside = set(ignored) - {name for rule in rules for name in rule.theirs}
-    fill(parts, rules, tensors, "table", META, ignored=beside, given=given)
+    fill(parts, rules, tensors, "table", Home(META), ignored=beside, given=given)
     return parts
 
 
@@ -226,13 +227,13 @@ def test_a_lavis_file_is_recognised_and_fills_what_was_trained(file: str):
     assert config == PRESETS[preset]
     assert isinstance(config.vision, VisionConfig)
     with skeleton():
-        modules = {"vision": Part(VisionTransformer(config.vision), None), "bridge": Part(Bridge(config), None)}
+        modules = {"vision": Part.of(VisionTransformer(config.vision), None), "bridge": Part.of(Bridge(config), None)}
     rules = lavis_maps.trained(config)
     if "visual_encoder at 364" in own:
         rules += within(lavis_maps.vision(config.vision), theirs="visual_encoder.")
     else:
         del modules["vision"]
-    fill(modules, rules, Listed(shapes), file, META, ignored=lavis_maps.BESIDE)
+    fill(modules, rules, Listed(shapes), file, Home(META), ignored=lavis_maps.BESIDE)
     assert sum(tensor.numel() for part in modules.values() for tensor in part.module.parameters()) == parameters
 
 
@@ -245,8 +246,8 @@ def test_an_image_encoder_s_own_file_fills_it_but_for_the_last_block(file: str, 
     last = {name for name in tensors if f".{config.layers}." in name}
     assert len(last) in (12, 13)
     with skeleton():
-        part = Part(VisionTransformer(config), None)
-    fill({"vision": part}, lavis_maps.vision(config), Listed(THEIRS[file]), file, META, ignored=last)
+        part = Part.of(VisionTransformer(config), None)
+    fill({"vision": part}, lavis_maps.vision(config), Listed(THEIRS[file]), file, Home(META), ignored=last)
     assert count(THEIRS[file]) - sum(tensors[name].numel() for name in last) == sum(
         parameter.numel() for parameter in part.module.parameters()
     )

@@ -26,9 +26,9 @@ def info(
     """Show parts, size, memory, licences and known risks of a model.
 
     Nothing is loaded, and published models need no weights for this. Memory is that of the parameters in GiB (2^30
-    bytes), by the precision of the frozen parts: the bridge stays in float32, int8 and int4 are for linear layers and
-    leave the rest in 16 bits. With Adam each weight that is trained takes four numbers. A model fits where a GiB is
-    left for activations and caches.
+    bytes), by the precision of the frozen parts: the bridge stays in float32, int8 and int4 are for the blocks'
+    linear layers and leave the rest in 16 bits. With Adam each weight that is trained takes four numbers. A model
+    fits where a GiB is left for activations and caches.
 
     ```
     blip2 info mini

@@ -25,14 +25,13 @@ from blip2.config import (
 from blip2.model.bridge import Bridge
 from blip2.model.gemma import Gemma
 from blip2.model.vision import VisionTransformer
+from blip2.quantize import coarse_size, in_blocks
 from blip2.weights.notices import Notice, notice
 from blip2.weights.skeleton import build_language, skeleton
 
 GIB = 2**30
 WORKING = 2**30  # bytes beside the weights: activations of a few images, the cache of a few texts
 ADAM = 4  # a weight, its gradient and two moments
-SCALE = 4  # bytes: an output channel's in int8, a group's scale and zero in int4
-GROUP = 64  # weights that share a scale in int4
 
 _LANGUAGE = {OPT_2_7B: "OPT-2.7B", OPT_6_7B: "OPT-6.7B", FLAN_T5_XL: "Flan-T5-XL", FLAN_T5_XXL: "Flan-T5-XXL"}
 _FAMILY = {"opt": "OPT", "t5": "Flan-T5"}
@@ -61,7 +60,7 @@ class Part:
 
     Attributes:
         parameters: None where only its own library knows.
-        linear: rows and columns of every linear layer, which int8 and int4 make smaller.
+        linear: rows and columns of the linear layers in blocks, which int8 and int4 make smaller.
         largest: its largest layer; None where the part was not counted layer by layer.
     """
 
@@ -87,8 +86,8 @@ class Part:
 _PRECISIONS: Mapping[str, Callable[[int, int], int]] = {
     "float32": lambda rows, columns: 4 * rows * columns,
     "16 bit": lambda rows, columns: 2 * rows * columns,
-    "int8": lambda rows, columns: rows * columns + SCALE * rows,
-    "int4": lambda rows, columns: rows * columns // 2 + SCALE * rows * -(-columns // GROUP),
+    "int8": lambda rows, columns: coarse_size(torch.Size((rows, columns)), "int8"),
+    "int4": lambda rows, columns: coarse_size(torch.Size((rows, columns)), "int4"),
 }
 PRECISIONS = tuple(_PRECISIONS)
 
@@ -219,7 +218,7 @@ def _published(config: LanguageConfig) -> Part:
 
 def _counted(role: str, name: str, module: nn.Module) -> Part:
     count = sum(parameter.numel() for parameter in module.parameters())
-    linear = [each.weight for each in module.modules() if isinstance(each, nn.Linear)]
+    linear = [each.weight for name, each in module.named_modules() if isinstance(each, nn.Linear) and in_blocks(name)]
     shapes = tuple((int(weight.shape[0]), int(weight.shape[1])) for weight in linear)
     return Part(role, name, count, False, notice(name), shapes, _largest(module))
 

@@ -87,6 +87,9 @@ def load_language(
 ) -> OPT | T5:
     """The language model that `save_model` wrote, its tensors read one by one.
 
+    Args:
+        memory: how it is kept.
+
     Raises:
         CheckpointError: its file is missing, damaged, or does not fit.
     """
