@@ -20,7 +20,6 @@ from blip2.errors import CheckpointError, ConfigError
 from blip2.weights import lavis
 from blip2.weights.convert import convert
 from lavis_files import CONFIGS, write
-from published import COMMIT, picture
 
 TYPES = {
     "stage 1": ("blip2_feature_extractor", "pretrain"),

@@ -20,7 +20,6 @@ from blip2.blip2 import Blip2
 from blip2.compat.lavis import models
 from blip2.decoding import Decoding
 from blip2.errors import ConfigError, ImageError, PromptError
-from published import picture
 
 
 @pytest.fixture(scope="module", params=CALLS)

@@ -11,7 +11,6 @@ from tiny_hub import picture
 from blip2.compat.lavis.processors import BlipCaptionProcessor, BlipQuestionProcessor, load_processor
 from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.errors import ConfigError, ImageError
-from published import picture
 
 
 def test_a_picture_is_squeezed_scaled_and_normalised():

@@ -13,7 +13,6 @@ import blip2
 from blip2.compat import transformers as compat
 from blip2.compat.paddlenlp import transformers as paddlenlp
 from blip2.weights import paddle
-from published import picture
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5"])

@@ -13,7 +13,6 @@ from tiny_hub import picture
 
 from blip2.compat import transformers as compat
 from blip2.errors import ConfigError, PromptError
-from published import picture
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,7 +19,6 @@ from blip2.compat import transformers as compat
 from blip2.compat.transformers import places
 from blip2.errors import CheckpointError, ConfigError, PromptError
 from blip2.weights.maps import transformers as maps
-from published import COMMIT, picture
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,6 @@ from tiny_hub import picture
 from torch import Tensor
 
 from blip2.compat.lavis import models
-from published import picture
 
 transformers = pytest.importorskip("transformers")
 
