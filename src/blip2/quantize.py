@@ -315,7 +315,7 @@ def _tried(test: Callable[[], bool]) -> bool:
     """Whether a kernel passes; where this torch has none of that name, or refuses, it does not."""
     try:
         return bool(test())
-    except (AttributeError, RuntimeError, NotImplementedError):
+    except (AttributeError, RuntimeError):
         return False
 
 
