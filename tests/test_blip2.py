@@ -8,7 +8,7 @@ import torch
 
 from blip2 import generate, weights
 from blip2.blip2 import Blip2, load
-from blip2.config import PromptConfig
+from blip2.config import CaptionConfig, PromptConfig
 from blip2.decoding import Decoding
 from blip2.errors import Blip2Error, CheckpointError, ConfigError, ImageError, PromptError
 from blip2.results import Generation, ImageFeatures
@@ -52,6 +52,17 @@ def test_a_batch_writes_what_its_images_write_alone(model: Blip2, options: dict)
     assert model.ask(photos, questions, **options) == [
         model.ask(photo, question, **options) for photo, question in zip(photos, questions, strict=True)
     ]
+
+
+def test_captions_are_written_as_the_model_says_where_the_call_does_not(model: Blip2):
+    config = model.config.replace(captions=CaptionConfig(length_penalty=0.0, no_repeat_ngram=1))
+    own = dataclasses.replace(model, config=config)
+    assert own.caption(picture(0)) == model.caption(picture(0), length_penalty=0.0, no_repeat_ngram=1)
+    assert own.caption(picture(0)) != model.caption(picture(0))
+    assert own.caption(picture(0), length_penalty=1.0, no_repeat_ngram=0) == model.caption(picture(0))
+    streamed = "".join(own.caption(picture(0), stream=True))
+    assert streamed == model.caption(picture(0), num_beams=1, no_repeat_ngram=1)
+    assert own.ask(picture(0), "what is this ?") == model.ask(picture(0), "what is this ?")
 
 
 def test_several_captions_come_best_first(model: Blip2):

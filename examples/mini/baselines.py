@@ -29,11 +29,11 @@ from wordnet import DATABASE, WordNet
 
 from blip2 import adapters, evaluate, image
 from blip2.config import PRESETS, PartConfig
+from blip2.data.shards import ImageRef
+from blip2.data.sources import Prototype, Sample
 from blip2.evaluate.captioning import tokenize
 from blip2.evaluate.estimate import mean
 from blip2.model.qformer import QFormer
-from blip2.train.shards import ImageRef
-from blip2.train.sources import Prototype, Sample
 from blip2.weights.bert import start_from_bert
 
 Floats = NDArray[np.float64]

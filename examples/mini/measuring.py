@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from blip2.data import sources
+from blip2.data.sources import Sample
 from blip2.errors import DataError
 from blip2.evaluate import Accuracy, Estimate, Recall
-from blip2.train import sources
-from blip2.train.sources import Sample
 
 
 @dataclass(frozen=True)

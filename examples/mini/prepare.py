@@ -30,9 +30,9 @@ from stamps import (
 )
 from wordnet import DATABASE, WordNet
 
+from blip2.data import sources
+from blip2.data.sources import ImageRef, Sample
 from blip2.errors import Blip2Error
-from blip2.train import sources
-from blip2.train.sources import ImageRef, Sample
 
 SPLITS = ("train", "val", "test")
 PER_SHARD = 1250

@@ -77,7 +77,7 @@ class Blip2:
         parts: list[ImageFeatures] = []
         for start in range(0, len(items), batch_size):
             pixels = transform([image.open(item) for item in items[start : start + batch_size]])
-            parts.append(self._features(pixels))
+            parts.append(self.features(pixels))
         return ImageFeatures.concatenate(parts)
 
     def embed_images(self, images: Images) -> Tensor:
@@ -112,16 +112,23 @@ class Blip2:
             prompt: what the caption starts from; the model's own where None.
             stream: give an iterator of text pieces of one image, greedy or drawn.
             details: give `Generation`s with tokens and log-probabilities instead of `str`s.
-            options: how the text is chosen, see `Decoding`; five beams by default, one for a stream.
+            options: how the text is chosen, see `Decoding`; five beams by default, one for a stream, and what the
+                model's own `config.captions` says.
         Returns:
             A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each.
         """
         words = self.config.prompts.caption if prompt is None else prompt
         single = not _is_list(images)
         features = self.encode(images)
+        own = self.config.captions
+        decoding = Decoding.of(
+            options,
+            num_beams=1 if stream else BEAMS,
+            length_penalty=own.length_penalty,
+            no_repeat_ngram=own.no_repeat_ngram,
+        )
         if stream:
-            return self._stream(features, words, Decoding.of(options), details)
-        decoding = Decoding.of(options, num_beams=BEAMS)
+            return self._stream(features, words, decoding, details)
         found = self.write(features, [words] * len(features), decoding)
         return _unwrap(_present(found, details, decoding), single)
 
@@ -155,7 +162,7 @@ class Blip2:
             if stream or options:
                 named = "stream" if stream else next(iter(options))
                 raise ConfigError(f"{named!r} does not go with choices: they are ranked, not written")
-            ranked = self._rank(features, prompts, choices)
+            ranked = self.rank(features, prompts, choices)
             return _unwrap(ranked if details else [ranking.best for ranking in ranked], single)
         if stream:
             return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details)
@@ -197,7 +204,14 @@ class Blip2:
 
     # -- within ----------------------------------------------------------------------------------------------------
 
-    def _features(self, pixels: Tensor) -> ImageFeatures:
+    def features(self, pixels: Tensor) -> ImageFeatures:
+        """What `encode` gives, of pixels that are transformed already; with gradient to the bridge where it is on.
+
+        Args:
+            pixels: float[N, 3, S, S], normalised with the encoder's mean and std, S its image size.
+        Raises:
+            ImageError: of another size.
+        """
         patches = self.encoder(pixels.to(self.device, self.dtype)).float()  # (N, P, Dv)
         hidden = self.bridge.look(self.bridge.see(patches)).hidden  # (N, Q, D)
         vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0]
@@ -272,7 +286,12 @@ class Blip2:
         return generate.pieces((ids[0] for ids in steps if ids[0] is not None), tokenizer.decode)
 
     @torch.inference_mode()
-    def _rank(self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str]) -> list[Ranking]:
+    def rank(self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str]) -> list[Ranking]:
+        """Given answers after one prompt an image, in the words that the language model is given.
+
+        Raises:
+            PromptError: fewer than two choices, or an empty one.
+        """
         if len(choices) < 2 or not all(choice.strip() for choice in choices):
             raise PromptError("give at least two choices, none of them empty")
         language, tokenizer = self.writer()

@@ -195,6 +195,18 @@ class PromptConfig(Strict):
 
 
 @dataclass(frozen=True)
+class CaptionConfig(Strict):
+    """How captions are written where a call does not say; the defaults are the published models'.
+
+    Attributes:
+        length_penalty, no_repeat_ngram: see `decoding.Decoding`.
+    """
+
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+
+@dataclass(frozen=True)
 class Blip2Config(Strict):
     """A whole model.
 
@@ -222,6 +234,7 @@ class Blip2Config(Strict):
     plain_texts: bool = False
     vocabulary: int | None = None
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    captions: CaptionConfig = dataclasses.field(default_factory=CaptionConfig)
     format: int = FORMAT_VERSION
 
     def replace(self, **changes: Any) -> Blip2Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from blip2.errors import ConfigError
 from blip2.generate import Beam, BeamSample, Greedy, Limits, Method, Sample
@@ -65,7 +65,7 @@ class Decoding:
     num_captions: int = 1
 
     @classmethod
-    def of(cls, options: Options, *, num_beams: int = 1, max_new_tokens: int = 30) -> Decoding:
+    def of(cls, options: Options, **defaults: Unpack[Options]) -> Decoding:
         """The keywords of a call over a verb's defaults; drawing keywords switch the default beams off.
 
         Raises:
@@ -78,9 +78,8 @@ class Decoding:
         draws = options.get("do_sample", bool(drawing))
         if drawing and not draws:
             raise ConfigError(f"{drawing[0]} is for drawing tokens, and do_sample is False: leave out one of the two")
-        beams = 1 if draws else max(num_beams, options.get("num_captions", 1))
-        defaults = cls(num_beams=beams, max_new_tokens=max_new_tokens, do_sample=draws)
-        choice = dataclasses.replace(defaults, **options)
+        beams = 1 if draws else max(defaults.get("num_beams", 1), options.get("num_captions", 1))
+        choice = dataclasses.replace(dataclasses.replace(cls(**defaults), num_beams=beams, do_sample=draws), **options)
         if not draws and choice.num_captions > choice.num_beams:
             raise ConfigError(
                 f"num_captions is {choice.num_captions} but num_beams {choice.num_beams}: "

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from blip2.blip2 import Blip2
+from blip2.data import sources
+from blip2.data.sources import Prototype, Sample
 from blip2.errors import ConfigError, DataError, ImageError
 from blip2.evaluate import texts_of
 from blip2.evaluate.run import cosines, encode, evaluate_answers, evaluate_retrieval, match_pairs
 from blip2.results import ImageFeatures
-from blip2.train import sources
-from blip2.train.sources import Prototype, Sample
 
 
 def test_identical_captions_are_one_text_that_fits_all_its_pictures() -> None:

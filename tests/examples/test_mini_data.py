@@ -17,7 +17,7 @@ from composites import compose, usable
 from questions import Question
 from wordnet import WordNet
 
-from blip2.train import sources
+from blip2.data import sources
 
 # noun, its synonyms, and what it is a kind of
 NOUNS = {

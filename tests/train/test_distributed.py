@@ -65,6 +65,14 @@ def test_two_ranks_give_the_losses_gradients_and_weights_of_one(changes: dict[st
         torch.testing.assert_close(two, one, rtol=0, atol=CLOSE)
 
 
+def test_two_ranks_find_the_queries_as_diverse_as_one_does(data: Path, tmp_path: Path):
+    values = {"steps": 3, "losses": {"diversity": 0.5}}
+    assert finish(start(run_tiny, tiny.recipe(data, tmp_path / "one", **values))) == 0
+    assert run_ranks(tiny.recipe(data, tmp_path / "two", **values), 2) == [0, 0]
+    one, two = ([line["diversity"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)  # of what images differ in, which is little in three steps
+
+
 def test_ranks_resume_from_the_checkpoint_that_the_first_of_them_wrote(data: Path, tmp_path: Path):
     values = tiny.recipe(data, tmp_path / "run", steps=8)
     whole = tiny.recipe(data, tmp_path / "whole", steps=8)

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from blip2 import image
+from blip2.data.sources import ImageRef, Prototype, Sample
 from blip2.errors import DataError
 from blip2.train.features import FeatureCache, PrototypeFeatures
-from blip2.train.sources import ImageRef, Prototype, Sample
 
 SETTINGS = (8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 TRANSFORM = image.Transform(*SETTINGS)

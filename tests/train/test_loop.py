@@ -290,10 +290,19 @@ def test_the_average_is_what_is_saved_and_the_weights_go_on_untouched(shapes: Pa
 
 
 def test_half_precision_stays_near_the_full_one(shapes: Path, tmp_path: Path):
-    full = run(shapes, tmp_path / "full", steps=4)
-    half = run(shapes, tmp_path / "half", steps=4, precision="bf16")
+    validate = {"data": str(shapes), "every": 4, "limit": 16}
+    full = run(shapes, tmp_path / "full", steps=4, validate=validate)
+    half = run(shapes, tmp_path / "half", steps=4, validate=validate, precision="bf16")
     assert half.last != full.last
     assert half.last == pytest.approx(full.last, rel=0.05)
+
+
+def test_half_precision_is_what_auto_takes_where_the_cpu_computes_it(monkeypatch: pytest.MonkeyPatch):
+    for able, compute in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        chosen = Precision.choose("auto", torch.device("cpu"))
+        assert (chosen.compute, chosen.half) == (compute, compute or torch.float32)
+        assert Precision.choose("bf16", torch.device("cpu")).compute is torch.bfloat16
 
 
 def test_precision_and_device_that_are_not_there_are_refused():

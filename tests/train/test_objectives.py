@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from blip2.config import Blip2Config, QFormerConfig, VisionConfig
 from blip2.model.bridge import Bridge
-from blip2.train.objectives import Batch, Stage1
+from blip2.train.objectives import Batch, Stage1, thinned
 
 QFORMER = QFormerConfig(
     width=16, layers=2, heads=2, mlp_width=32, queries=4, encoder_width=12, vocab_size=40, positions=16, decoder_id=39,
@@ -126,3 +126,59 @@ def test_a_share_of_the_rows_is_what_a_smaller_batch_of_them_gives(bridge: Bridg
     bridge.match = lambda sight, images, ids: calls.append(len(ids)) or matched(sight, images, ids)
     objective(batch, 0)
     assert calls == [3 * 2]
+
+
+def test_diversity_is_of_the_cosines_of_what_queries_say(bridge: Bridge, batch: Batch):
+    loss = Stage1(bridge, weights={"diversity": 0.5})(batch, 0)["diversity"]
+
+    hidden = bridge.look(bridge.see(batch.images)).hidden
+    said = hidden - hidden.mean(0)
+    pairs = [(one, two) for one in range(4) for two in range(4) if one != two]
+    cosines = torch.stack([F.cosine_similarity(said[:, one], said[:, two], dim=-1) for one, two in pairs])
+    torch.testing.assert_close(loss, -0.5 * torch.log(1.001 - cosines.square()).mean())
+
+
+def test_diversity_keeps_queries_apart(batch: Batch):
+    def alike(weight: float) -> float:
+        torch.manual_seed(0)
+        own = Bridge(CONFIG)
+        objective = Stage1(own, weights={"itc": 1.0, "diversity": weight})
+        optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
+        for step in range(60):
+            optimizer.zero_grad()
+            sum(objective(batch, step).values()).backward()
+            optimizer.step()
+        return Stage1(own, weights={"diversity": 1.0})(batch, 0)["diversity"].item()
+
+    assert alike(1.0) < 0.5 * alike(0.0)
+
+
+def test_equal_queries_part(bridge: Bridge, batch: Batch):
+    with torch.no_grad():
+        start = bridge.qformer.query_tokens[:, :1] + 1e-3 * torch.randn(1, 4, 16)
+        bridge.qformer.query_tokens.copy_(start)
+    objective = Stage1(bridge, weights={"diversity": 1.0})
+    optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-2)
+    losses = []
+    for step in range(60):
+        losses.append(objective(batch, step)["diversity"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > 3.0  # cosines of 0.975 and more
+    assert losses[-1] < 0.5  # of 0.63 and less
+
+
+def test_a_step_of_training_does_not_see_all_patches(bridge: Bridge, batch: Batch):
+    some = thinned(batch.images, 0.5)
+    assert some.shape == (5, 3, 12)
+    for seen, image in zip(some, batch.images, strict=True):
+        places = [(image == patch).all(1).nonzero().item() for patch in seen]
+        assert len(set(places)) == 3
+    assert thinned(batch.images, 0.1) is batch.images  # a tenth of six is none
+
+    objective = Stage1(bridge, weights={"itc": 1.0}, patch_dropout=0.5)
+    whole = Stage1(bridge, weights={"itc": 1.0})(batch, 0)["itc"]
+    assert objective(batch, 0)["itc"] != whole
+    bridge.eval()
+    torch.testing.assert_close(objective(batch, 0)["itc"], whole)

@@ -58,6 +58,23 @@ def test_stage_two_with_another_language_model_than_stage_one_named_begins_its_p
     assert "begins anew" not in capsys.readouterr().err
 
 
+def test_a_projection_that_learned_nothing_starts_from_the_mean_of_the_words_and_one_that_did_stays(
+    shapes: Path, tmp_path: Path
+):
+    run(shapes, tmp_path / "one", steps=2)
+    assert not bridge(tmp_path / "one")["language_projection.weight"].any()
+    still = {"stage": 2, "steps": 1, "lr": 1e-30, "min_lr": 0}
+    run(shapes, tmp_path / "two", start=str(tmp_path / "one"), **still)
+    begun, words = bridge(tmp_path / "two"), tiny.TinyLanguage().words.weight.detach()
+    torch.testing.assert_close(begun["language_projection.bias"], words.mean(0))
+    assert begun["language_projection.weight"].abs().max() < 1e-20  # one step at that rate
+    run(shapes, tmp_path / "three", stage=2, steps=2, start=str(tmp_path / "two"))
+    run(shapes, tmp_path / "four", start=str(tmp_path / "three"), **still)
+    learned, kept = bridge(tmp_path / "three"), bridge(tmp_path / "four")
+    assert learned["language_projection.weight"].abs().max() > 1e-4
+    torch.testing.assert_close(kept["language_projection.weight"], learned["language_projection.weight"])
+
+
 def test_the_model_of_the_package_is_a_start_by_its_name(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = run(shapes, tmp_path / "one", steps=1)
     (tmp_path / "package").mkdir()

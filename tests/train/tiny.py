@@ -61,6 +61,7 @@ def recipe(data: Path | list[dict[str, Any]], output: Path, **changes: Any) -> d
         "save_every": 4,
         "text_length": 16,
         "device": "cpu",
+        "precision": "fp32",
         "features": {"augment": False},
     }
     return values | changes

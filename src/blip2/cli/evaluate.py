@@ -19,9 +19,9 @@ from blip2.cli.console import open_model, stderr, table
 from blip2.cli.options import Device, Dtype, Model, Quantize
 
 if TYPE_CHECKING:
+    from blip2.data.sources import Format, Sample
     from blip2.evaluate.estimate import Estimate
     from blip2.evaluate.run import Progress
-    from blip2.train.sources import Format, Sample
 
 _HELP = """Measure a model on your own data.
 
@@ -164,7 +164,7 @@ def answers(
 
 def _read(data: str, format: str, split: str | None, limit: int | None, questions: Path | None = None) -> list[Sample]:
     """The samples, before the slow loading of the model: a wrong name is told at once."""
-    from blip2.train import sources
+    from blip2.data import sources
 
     return sources.read(data, cast("Format", format), split=split, questions=questions)[:limit]
 

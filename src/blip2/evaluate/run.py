@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from blip2 import image
 from blip2.blip2 import Blip2
+from blip2.data.sources import Prototype, Sample
 from blip2.errors import DataError, ImageError
 from blip2.evaluate.answering import Accuracy, answers
 from blip2.evaluate.captioning import captions, check_tools
@@ -21,7 +22,6 @@ from blip2.evaluate.estimate import Estimate
 from blip2.evaluate.ranking import Recall, rerank, retrieval
 from blip2.results import ImageFeatures
 from blip2.text import plain
-from blip2.train.sources import Prototype, Sample
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how many are done, of how many."""

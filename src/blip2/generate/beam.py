@@ -32,10 +32,13 @@ class BeamSearch:
 
     Args:
         seeds: one a prefix, for `BeamSample`.
+        said: int64[P, H], what counts as said before each prefix's texts.
     """
 
-    def __init__(self, method: Beam, limits: Limits, stop_ids: tuple[int, ...], seeds: Sequence[int]) -> None:
-        self._method, self._limits, self._stop_ids = method, limits, stop_ids
+    def __init__(
+        self, method: Beam, limits: Limits, stop_ids: tuple[int, ...], seeds: Sequence[int], said: Tensor
+    ) -> None:
+        self._method, self._limits, self._stop_ids, self._said = method, limits, stop_ids, said
         self._live = list(range(len(seeds)))  # which prefix each open one is
         self._noise = [noise(seed) for seed in seeds]
         self._finished: list[list[Tokens]] = [[] for _ in seeds]
@@ -71,7 +74,8 @@ class BeamSearch:
     def _continue(self, logits: Tensor, history: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The candidates: totals and parents (R, C), ids and log_probs (R, C, L + 1)."""
         steps = logits.log_softmax(-1)
-        steps = apply_limits(steps, history.flatten(0, 1), self._limits, self._stop_ids)
+        said = self._said[self._live].repeat_interleave(history.shape[1], 0)  # (R * W, H)
+        steps = apply_limits(steps, history.flatten(0, 1), self._limits, self._stop_ids, said)
         if isinstance(self._method, BeamSample):
             steps = narrow(steps, self._method, keep=1 + len(self._stop_ids))
         steps = steps.view(len(history), -1, logits.shape[-1])  # (R, W, V)

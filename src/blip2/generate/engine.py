@@ -6,7 +6,6 @@ Letters: B prefixes, S prefix positions, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ def generate(
     limits: Limits,
     stop_ids: tuple[int, ...],
     seed: int | Sequence[int] | None = None,
+    said: Tensor | None = None,
 ) -> list[list[Tokens]]:
     """Texts after each prefix; the captions and beams of one share its prefill, and finished ones leave the batch.
 
@@ -34,6 +34,7 @@ def generate(
         lengths: int64[B].
         stop_ids: tokens that end a text.
         seed: instead of the method's: one for all rows, or one a row where the rows are separate requests.
+        said: int64[B, H], tokens of each prompt that may not be repeated either; None where only written ones count.
     Returns:
         B lists of `limits.captions` sequences: best first with beams, as drawn with sampling.
     Raises:
@@ -42,13 +43,12 @@ def generate(
     """
     check(method, limits)
     check_context(language, lengths, limits)
-    limits = begun(language, limits)
-    seeds = row_seeds(method, seed, len(prefix))
+    seeds, said = row_seeds(method, seed, len(prefix)), already_said(language, prefix, said)
     search: Search
     if isinstance(method, Beam):
-        search = BeamSearch(method, limits, stop_ids, seeds)
+        search = BeamSearch(method, limits, stop_ids, seeds, said)
     else:
-        search = Independent(method, limits, stop_ids, seeds)
+        search = Independent(method, limits, stop_ids, seeds, said)
     for _ in run(language, prefix, lengths, search):
         pass
     return search.results()
@@ -70,10 +70,12 @@ def run(language: LanguageModel, prefix: Tensor, lengths: Tensor, search: Search
         logits = language.step(ids, cache)
 
 
-def begun(language: LanguageModel, limits: Limits) -> Limits:
-    """The limits, with the token that an encoder-decoder's texts begin from: it counts as said, as in transformers."""
+def already_said(language: LanguageModel, prefix: Tensor, said: Tensor | None = None) -> Tensor:
+    """What counts as said before each text, int64[B, H]: an encoder-decoder's first token too, as in transformers."""
     start: int | None = getattr(language, "start_id", None)
-    return limits if start is None else replace(limits, begun_with=(start,))
+    shape = len(prefix), 0 if start is None else 1
+    first = torch.full(shape, start or 0, dtype=torch.long, device=prefix.device)
+    return first if said is None else torch.cat([said, first], 1)
 
 
 def check_context(language: LanguageModel, lengths: Tensor, limits: Limits) -> None:

@@ -85,7 +85,6 @@ class Limits:
             (Keskar et al. 2019); 1 for none.
         no_repeat_ngram: no n tokens in a row occur twice; 0 for no such rule.
         captions: texts a row; at most the number of beams, and one for `Greedy`.
-        begun_with: tokens that count as said before every text; `generate` fills it for encoder-decoders.
     """
 
     max_new_tokens: int = 30
@@ -93,7 +92,6 @@ class Limits:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     captions: int = 1
-    begun_with: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
@@ -117,19 +115,22 @@ class Tokens:
             and top-p. With beams they are not normalised again after those, so that they add up to the score.
         score: the sum of `log_probs` over length ** length_penalty; without beams the penalty is 1 (the mean).
         finish: `stop` where a stop token ended it, `length` where the limit did.
+        end: that stop token, None where the limit did.
     """
 
     ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     score: float
     finish: Literal["stop", "length"]
+    end: int | None
 
 
 def tokens(ids: list[int], log_probs: list[float], stop_ids: tuple[int, ...], length_penalty: float = 1.0) -> Tokens:
     """A finished sequence from all its tokens, the ending one included."""
-    stopped = ids[-1] in stop_ids
     score = math.fsum(log_probs) / len(ids) ** length_penalty
-    return Tokens(tuple(ids[:-1] if stopped else ids), tuple(log_probs), score, "stop" if stopped else "length")
+    if ids[-1] in stop_ids:
+        return Tokens(tuple(ids[:-1]), tuple(log_probs), score, "stop", ids[-1])
+    return Tokens(tuple(ids), tuple(log_probs), score, "length", None)
 
 
 def check(method: Method, limits: Limits) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.generate.beam import best_possible, candidate_count
-from blip2.generate.engine import begun, check_context, row_seeds
+from blip2.generate.engine import already_said, check_context, row_seeds
 from blip2.generate.methods import Beam, BeamSample, Greedy, Limits, Method, Sample, Tokens, check, tokens
 from blip2.generate.sample import FORBIDDEN, apply_limits, draw, draw_without_replacement, narrow, noise
 from blip2.protocols import LanguageModel
@@ -29,15 +29,15 @@ def generate(
     limits: Limits,
     stop_ids: tuple[int, ...],
     seed: int | Sequence[int] | None = None,
+    said: Tensor | None = None,
 ) -> list[list[Tokens]]:
     """As `engine.generate`, slowly."""
     check(method, limits)
     check_context(language, lengths, limits)
-    limits = begun(language, limits)
-    seeds = row_seeds(method, seed, len(prefix))
+    seeds, said = row_seeds(method, seed, len(prefix)), already_said(language, prefix, said)
     results: list[list[Tokens]] = []
     for row, length in enumerate(lengths.tolist()):
-        reader = _Reader(language, prefix[row : row + 1, :length], limits, stop_ids)
+        reader = _Reader(language, prefix[row : row + 1, :length], limits, stop_ids, said[row : row + 1])
         if isinstance(method, Beam):
             results.append(_beams(reader, method, noise(seeds[row]))[: limits.captions])
         else:
@@ -52,6 +52,7 @@ class _Reader:
     prefix: Tensor  # (1, S, D)
     limits: Limits
     stop_ids: tuple[int, ...]
+    said: Tensor  # (1, H)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """float[1, V], read from the first position on."""
@@ -62,7 +63,7 @@ class _Reader:
 
     def limited(self, scores: Tensor, ids: Sequence[int]) -> Tensor:
         history = torch.tensor([ids], dtype=torch.long, device=scores.device)
-        return apply_limits(scores, history, self.limits, self.stop_ids)
+        return apply_limits(scores, history, self.limits, self.stop_ids, self.said)
 
     def ends(self, ids: Sequence[int]) -> bool:
         return ids[-1] in self.stop_ids or len(ids) == self.limits.max_new_tokens

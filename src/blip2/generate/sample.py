@@ -18,21 +18,21 @@ FORBIDDEN = float("-inf")
 FIRST_LOOK = 512  # how many of the most probable tokens top_p looks at before it looks at more
 
 
-def apply_limits(scores: Tensor, history: Tensor, limits: Limits, stop_ids: tuple[int, ...]) -> Tensor:
+def apply_limits(
+    scores: Tensor, history: Tensor, limits: Limits, stop_ids: tuple[int, ...], said: Tensor | None = None
+) -> Tensor:
     """The rules of `limits`, in the order of transformers' `generate`.
 
     Args:
         scores: float[N, V].
-        history: int64[N, L].
+        history: int64[N, L], of what was written.
+        said: int64[N, H], what counts as said before it: it may not be repeated either.
     Returns:
         float[N, V]; the arguments stay as they are.
     """
-    said = history
-    if limits.begun_with:
-        start = torch.tensor(limits.begun_with, dtype=torch.long, device=history.device)
-        said = torch.cat([start.expand(len(history), -1), history], 1)
-    scores = penalise_repetition(scores, said, limits.repetition_penalty)
-    scores = forbid_repeated_ngrams(scores, said, limits.no_repeat_ngram)
+    all_said = history if said is None else torch.cat([said, history], 1)
+    scores = penalise_repetition(scores, all_said, limits.repetition_penalty)
+    scores = forbid_repeated_ngrams(scores, all_said, limits.no_repeat_ngram)
     if history.shape[1] < limits.min_new_tokens:
         scores = scores.index_fill(1, torch.tensor(stop_ids, dtype=torch.long, device=scores.device), FORBIDDEN)
     return scores

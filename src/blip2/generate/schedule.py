@@ -35,13 +35,15 @@ class Independent:
 
     Args:
         seeds: one a prefix.
+        said: int64[P, H], what counts as said before each prefix's texts.
     """
 
     def __init__(
-        self, method: Greedy | Sample, limits: Limits, stop_ids: tuple[int, ...], seeds: Sequence[int]
+        self, method: Greedy | Sample, limits: Limits, stop_ids: tuple[int, ...], seeds: Sequence[int], said: Tensor
     ) -> None:
         self._method, self._limits, self._stop_ids = method, limits, stop_ids
         count = len(seeds) * limits.captions
+        self._said = said.repeat_interleave(limits.captions, 0)
         self._live = list(range(count))  # which sequence each present row is
         self._ids: list[list[int]] = [[] for _ in range(count)]
         self._log_probs: list[list[float]] = [[] for _ in range(count)]
@@ -71,7 +73,7 @@ class Independent:
         return [finished[start : start + size] for start in range(0, len(finished), size)]
 
     def _choose(self, logits: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-        scores = apply_limits(logits, history, self._limits, self._stop_ids)
+        scores = apply_limits(logits, history, self._limits, self._stop_ids, self._said[self._live])
         if isinstance(self._method, Sample):
             log_probs = narrow(scores, self._method).log_softmax(-1)
             ids = draw(log_probs.exp(), [self._noise[sequence].random() for sequence in self._live])

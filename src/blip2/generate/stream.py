@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from blip2.errors import ConfigError
-from blip2.generate.engine import begun, check_context, row_seeds, run
+from blip2.generate.engine import already_said, check_context, row_seeds, run
 from blip2.generate.methods import Beam, Limits, Method
 from blip2.generate.schedule import Independent
 from blip2.protocols import LanguageModel
@@ -35,7 +35,8 @@ def stream(
     if limits.captions != 1:
         raise ConfigError(f"a stream has one caption an image, not {limits.captions}")
     check_context(language, lengths, limits)
-    search = Independent(method, begun(language, limits), stop_ids, row_seeds(method, seed, len(prefix)))
+    seeds = row_seeds(method, seed, len(prefix))
+    search = Independent(method, limits, stop_ids, seeds, already_said(language, prefix))
     return (search.latest for _ in run(language, prefix, lengths, search) if search.latest != [None] * len(prefix))
 
 

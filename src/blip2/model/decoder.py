@@ -45,7 +45,7 @@ class Decoder(Language, ABC):
             PromptError: a row is empty.
         """
         check_prefix(lengths)
-        hidden, cache = self._read(prefix, lengths)
+        hidden, cache = self.read(prefix, lengths)
         return self.logits(pick(hidden, lengths[:, None] - 1)[:, 0], vocabulary), cache
 
     def step(self, ids: Tensor, cache: Cache, vocabulary: Tensor | None = None) -> Tensor:
@@ -72,11 +72,11 @@ class Decoder(Language, ABC):
         ends = lengths + (targets >= 0).sum(1).clamp(min=1) - 1  # (B,) positions that have to be read
         places = lengths[:, None] - 1 + torch.arange(targets.shape[1], device=prefix.device)
         if alike is None:
-            hidden = by_length(ends, lambda some, end: self._read(rows[some, :end], ends[some])[0])
+            hidden = by_length(ends, lambda some, end: self.read(rows[some, :end], ends[some])[0])
         else:
             owners, common = alike
             first, which = first_of_each(owners)
-            shared, cache = self._read(rows[first, :common], torch.full_like(first, common))
+            shared, cache = self.read(rows[first, :common], torch.full_like(first, common))
             rest = by_length(
                 ends - common,
                 lambda some, length: self._go_on(rows[some, common : common + length], cache.select(which[some])),
@@ -86,7 +86,8 @@ class Decoder(Language, ABC):
         hidden = pick(hidden, places.clamp(max=hidden.shape[1] - 1))
         return chosen_log_probs(hidden, targets, vocabulary, self.vocab_size, lambda x: self.logits(x, vocabulary))
 
-    def _read(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
+    def read(self, prefix: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
+        """Hidden states float[B, S, D] of a right-padded prefix, what each next token comes from; and its cache."""
         cache = Cache(lengths)
         positions = torch.arange(prefix.shape[1], device=prefix.device).expand(len(prefix), -1)
         return self.hidden(prefix.to(self.words.weight.dtype), positions, cache.read), cache

@@ -109,11 +109,7 @@ class QFormer(nn.Module):
 
     def read(self, ids: Tensor) -> Tensor:
         """Text alone, both ways (ITC): int64[B, T], right-padded, to float[B, T, D]."""
-        mask = self.real(ids)[:, None, None, :]  # (B, 1, 1, T)
-        x = self._start_text(ids)
-        for layer in self._layers:
-            x = layer(x, 0, *layer.attention.keys_values(x), mask, None)
-        return x
+        return self.through(self._start_text(ids), 0, self.real(ids))
 
     def join(self, sight: Sight, ids: Tensor, images: Tensor | None = None) -> Tensor:
         """Queries and text see each other (ITM).
@@ -128,8 +124,22 @@ class QFormer(nn.Module):
         queries = self._start_queries(len(ids))
         x = torch.cat([queries, self._start_text(ids)], dim=1)  # (B, Q + T, D)
         real = torch.cat([self.real(ids).new_ones(queries.shape[:2]), self.real(ids)], dim=1)  # (B, Q + T)
+        return self.through(x, queries.shape[1], real, sight, images)
+
+    def through(
+        self, x: Tensor, queries: int, real: Tensor, sight: Sight | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        """All layers, every position seeing every real one.
+
+        Args:
+            x: float[B, N, D], normed, of which the first `queries` positions are queries and the rest text.
+            real: bool[B, N], False where a position is padding.
+            sight, images: as of `join`; None where nothing crosses to an image.
+        Returns:
+            float[B, N, D].
+        """
         for layer, seen in self._layers_with(sight, images):
-            x = layer(x, queries.shape[1], *layer.attention.keys_values(x), real[:, None, None, :], seen)
+            x = layer(x, queries, *layer.attention.keys_values(x), real[:, None, None, :], seen)
         return x
 
     def write(self, look: Look, ids: Tensor) -> Tensor:
@@ -157,12 +167,12 @@ class QFormer(nn.Module):
         return cast("list[Layer]", self.layers)  # a ModuleList forgets the type of its modules
 
     def _layers_with(
-        self, sight: Sight, images: Tensor | None = None
+        self, sight: Sight | None, images: Tensor | None = None
     ) -> Iterator[tuple[Layer, tuple[Tensor, Tensor] | None]]:
         """Each layer with what its cross-attention reads, None where it has none; one layer's copies at a time."""
-        crossing = zip(sight.keys, sight.values, strict=True)
+        crossing = iter(()) if sight is None else zip(sight.keys, sight.values, strict=True)
         for layer in self._layers:
-            seen = None if layer.cross_attention is None else next(crossing)
+            seen = None if sight is None or layer.cross_attention is None else next(crossing)
             yield layer, seen if seen is None or images is None else (seen[0][images], seen[1][images])
 
     def _start_queries(self, rows: int) -> Tensor:

@@ -89,7 +89,18 @@ class T5(Language):
         return chosen_log_probs(hidden, targets, vocabulary, self.vocab_size, lambda x: self.logits(x, vocabulary))
 
     def read(self, prefix: Tensor, lengths: Tensor) -> Cache:
-        """The encoder, and what the decoder's layers will see of its output.
+        """The encoder, and what the decoder's layers will see of its output; arguments as `encode`."""
+        return self.remember(self.encode(prefix, lengths), lengths)
+
+    def remember(self, encoded: Tensor, lengths: Tensor) -> Cache:
+        """What the decoder's layers will see of an encoder's output, float[P, S, D]."""
+        cache = Cache(lengths)
+        for layer in cast("list[DecoderLayer]", self.decoder):
+            cache.keep(*layer.keys_values(encoded))
+        return cache
+
+    def encode(self, prefix: Tensor, lengths: Tensor) -> Tensor:
+        """The encoder's output, float[P, S, D].
 
         Args:
             prefix: float[P, S, D], right-padded.
@@ -104,11 +115,7 @@ class T5(Language):
         x = prefix.to(self.words.weight.dtype)
         for layer in self.encoder:
             x = layer(x, bias)
-        x = self.encoder_norm(x)
-        cache = Cache(lengths)
-        for layer in cast("list[DecoderLayer]", self.decoder):
-            cache.keep(*layer.keys_values(x))
-        return cache
+        return self.encoder_norm(x)
 
     def write(self, ids: Tensor, cache: Cache) -> Tensor:
         """The decoder on new tokens, int64[B, T]: float[B, T, D], what each next token is predicted from."""

@@ -45,26 +45,38 @@ class VisionTransformer(nn.Module):
     def std(self) -> tuple[float, float, float]:
         return self.config.std
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, *, resized: bool = False) -> Tensor:
         """Patch features.
 
         Args:
             pixels: float[B, 3, H, W], normalised; H and W are the configured image size.
+            resized: take any H and W, and interpolate the position embeddings to them.
         Returns:
             float[B, P, D]: the class token first.
         Raises:
-            ImageError: another size than the position embeddings were made for.
+            ImageError: another size than the position embeddings were made for, or smaller than a patch.
         Source: Dosovitskiy et al. 2021, equations 1 to 3; BLIP-2, section 3.1.
         """
         size = self.config.image_size
-        if pixels.shape[-2:] != (size, size):
+        if pixels.shape[-2:] != (size, size) and not (resized and min(pixels.shape[-2:]) >= self.config.patch_size):
             raise ImageError(f"the image encoder takes {size} x {size} pixels, not {tuple(pixels.shape[-2:])}")
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P - 1, D)
-        x = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1) + self.positions  # (B, P, D)
+        patches = self.patch_embedding(pixels)  # (B, D, h, w)
+        positions = self._positions(patches.shape[-2], patches.shape[-1])
+        patches = patches.flatten(2).transpose(1, 2)  # (B, P - 1, D)
+        x = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1) + positions  # (B, P, D)
         x = self.pre_norm(x)
         for block in self.blocks:
             x = block(x)
         return x
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings of the class token and so many patches: float[1, P, D]; interpolated where need be."""
+        side = self.config.image_size // self.config.patch_size
+        if (height, width) == (side, side):
+            return self.positions
+        first, grid = self.positions[:, :1], self.positions[:, 1:].unflatten(1, (side, side))  # (1, side, side, D)
+        grid = F.interpolate(grid.permute(0, 3, 1, 2), (height, width), mode="bicubic", align_corners=False)
+        return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 class Block(nn.Module):

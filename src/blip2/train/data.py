@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 from blip2 import image
 from blip2.config import PromptConfig
+from blip2.data.sources import ImageRef, Prototype, Sample
 from blip2.errors import DataError, ImageError
 from blip2.text import Tokenizer, pad, plain
 from blip2.train.draws import draw_seed
 from blip2.train.objectives import Batch
-from blip2.train.sources import ImageRef, Prototype, Sample
 
 Images = Callable[[Sequence[int], Sequence[int]], Tensor]
 """Rows of one source and a view of each, to float[B, P, D] patches or float[B, 3, H, W] pixels."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blip2.data.shards import ImageRef
 from blip2.errors import DataError
-from blip2.train.shards import ImageRef
 
 _SETTLED = 2 * 10**9  # nanoseconds: a file changed later than this may change again within a tick of its clock
 

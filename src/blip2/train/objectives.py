@@ -22,6 +22,8 @@ from blip2.model.qformer import Look, Sight
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.train.distributed import World
 
+LOSSES = ("itc", "itm", "itg", "diversity")  # of stage 1
+NEARLY_ONE = 1e-3  # keeps the diversity of equal queries finite
 MASKED = -1e4  # a similarity that softmax never draws, finite so that a row of nothing else stays a distribution
 
 
@@ -60,7 +62,7 @@ class Stage1(nn.Module):
     Args:
         bridge: what is trained.
         encoder: the frozen encoder, where batches hold pixels; None where they hold its patches.
-        weights: of the three losses, by name; one of weight 0 is not computed.
+        weights: of the losses, by name; one of weight 0 is not computed.
         smoothing: label smoothing of ITC and ITG.
         gather_gradient: ITC's gradient crosses ranks, which equals one process with the whole batch; False is what
             the public code does (`reference`).
@@ -69,6 +71,7 @@ class Stage1(nn.Module):
             ITM reads three pairs a row, two thirds of the cost of a step; ITC is the one that wants large batches.
         itm_hardness: power of the softmax by which ITM draws wrong partners: 1 as published, 0 draws them evenly.
             Partners as similar as the right one teach nothing before the model can tell dissimilar ones apart.
+        patch_dropout: share of each image's patches that a step of training does not see.
     Source: BLIP-2, section 3.2.
     """
 
@@ -86,6 +89,7 @@ class Stage1(nn.Module):
         itm_share: float = 1.0,
         itg_share: float = 1.0,
         itm_hardness: float = 1.0,
+        patch_dropout: float = 0.0,
         world: World | None = None,
     ) -> None:
         super().__init__()
@@ -94,6 +98,7 @@ class Stage1(nn.Module):
         self.itm_share = itm_share
         self.itg_share = itg_share
         self.itm_hardness = itm_hardness
+        self.patch_dropout = patch_dropout
         self.weights = dict(weights or {"itc": 1.0, "itm": 1.0, "itg": 1.0})
         self.smoothing = smoothing
         self.gather_gradient = gather_gradient
@@ -107,12 +112,14 @@ class Stage1(nn.Module):
             seed: of the negatives that ITM draws, the same on every rank.
         """
         patches = encode(self.encoder, batch.images)
+        if self.bridge.training:
+            patches = thinned(patches, self.patch_dropout)
         sight = self.bridge.see(patches)
         return self.losses(self.bridge.look(sight), sight, patches, batch, seed)
 
     def losses(self, look: Look, sight: Sight, patches: Tensor, batch: Batch, seed: int) -> dict[str, Tensor]:
         """The same from what the queries already saw, for objectives that share it."""
-        itc, itm, itg = (self.weights.get(name, 0.0) for name in ("itc", "itm", "itg"))
+        itc, itm, itg, diversity = (self.weights.get(name, 0.0) for name in LOSSES)
         losses: dict[str, Tensor] = {}
         if itc or itm:
             by_image, by_text = self._similarities(look, batch.ids)
@@ -125,6 +132,8 @@ class Stage1(nn.Module):
                 losses["itm"] = itm * self._itm(wrong_texts, wrong_images, sight, patches, batch.ids)
         if itg:
             losses["itg"] = itg * self._itg(look, batch.ids)
+        if diversity:
+            losses["diversity"] = diversity * self._diversity(look)
         return losses
 
     def _similarities(self, look: Look, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,8 +144,9 @@ class Stage1(nn.Module):
         text_vectors = self.bridge.text_vectors(ids).float()  # (B, E)
         all_images = self.world.gather(image_vectors, gradient=self.gather_gradient)  # (N, Q, E)
         all_texts = self.world.gather(text_vectors, gradient=self.gather_gradient)  # (N, E)
-        by_image = torch.einsum("bqe,ne->bnq", image_vectors, all_texts).amax(-1)  # (B, N)
-        by_text = torch.einsum("be,nqe->bnq", text_vectors, all_images).amax(-1)  # (B, N)
+        with torch.autocast(ids.device.type, enabled=False):  # float32, whatever the rest is computed in
+            by_image = torch.einsum("bqe,ne->bnq", image_vectors, all_texts).amax(-1)  # (B, N)
+            by_text = torch.einsum("be,nqe->bnq", text_vectors, all_images).amax(-1)  # (B, N)
         return by_image / temperature, by_text / temperature
 
     def _itc(self, by_image: Tensor, by_text: Tensor, image_ids: Tensor) -> Tensor:
@@ -197,6 +207,19 @@ class Stage1(nn.Module):
         total = F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing, reduction="sum")
         return total / self.world.mean(real.sum().float())  # a token weighs the same on every rank
 
+    def _diversity(self, look: Look) -> Tensor:
+        """How alike the queries are in what they say about an image: the mean of -log(1 - cosine^2) of any two.
+
+        Not of the paper. ITC rewards the best query alone, so nothing there keeps all of them from becoming it; a
+        language model then reads one vector Q times. What every image has in common does not count. The logarithm
+        pulls hardest where queries are almost one, which is where a squared cosine pulls least.
+        """
+        hidden = look.hidden.float()
+        said = F.normalize(hidden - self.world.mean(hidden.mean(0)), dim=-1)  # (B, Q, D)
+        one, other = torch.triu_indices(hidden.shape[1], hidden.shape[1], offset=1, device=hidden.device)
+        cosines = (said[:, one] * said[:, other]).sum(-1)  # (B, Q (Q - 1) / 2)
+        return -torch.log1p(NEARLY_ONE - cosines.square()).sum() / max(1, cosines.numel())
+
 
 class Stage2(nn.Module):
     """Generative learning: the frozen language model writes the text after the projected queries.
@@ -206,6 +229,7 @@ class Stage2(nn.Module):
     Args:
         keep: stage-1 losses that go on beside it, so that the one bridge still matches and embeds; None as published.
         vocabulary: int64[K], sorted: the softmax runs over these tokens, all where None.
+        patch_dropout: share of each image's patches that a step of training does not see.
     Source: BLIP-2, section 3.3.
     """
 
@@ -221,10 +245,12 @@ class Stage2(nn.Module):
         world: World | None = None,
         keep: Stage1 | None = None,
         vocabulary: Tensor | None = None,
+        patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.bridge = bridge
         self.language = language
+        self.patch_dropout = patch_dropout
         self.encoder = encoder
         self.bos = bos
         self.world = world or World()
@@ -234,6 +260,8 @@ class Stage2(nn.Module):
     def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
         """Losses by name: `lm`, the mean over this rank's target tokens, and what is kept of stage 1."""
         patches = encode(self.encoder, batch.images)
+        if self.bridge.training:
+            patches = thinned(patches, self.patch_dropout)
         sight = self.bridge.see(patches)
         look = self.bridge.look(sight)
         visual = self.bridge.project(look.hidden)  # (B, Q, Dl)
@@ -254,3 +282,13 @@ def encode(encoder: ImageEncoder | None, images: Tensor) -> Tensor:
     assert encoder is not None, "a batch of pixels needs the frozen encoder"
     with torch.no_grad():
         return encoder(images)
+
+
+def thinned(patches: Tensor, share: float) -> Tensor:
+    """Each image without a share of its patches, others for each: float[B, P, D] to float[B, P', D]."""
+    rows, count, width = patches.shape
+    kept = count - int(share * count)
+    if kept == count:
+        return patches
+    chosen = torch.rand(rows, count, device=patches.device).argsort(1)[:, :kept]  # (B, P')
+    return patches.gather(1, chosen[..., None].expand(-1, -1, width))

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from blip2 import image, weights
 from blip2.config import Blip2Config, LanguageConfig, PartConfig, VisionConfig
+from blip2.data import sources
+from blip2.data.sources import Prototype, Sample
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer, plain
-from blip2.train import sources
 from blip2.train.data import Batches, Images, Mixture, Pixels, Texts
 from blip2.train.distributed import World
 from blip2.train.features import FeatureCache, PrototypeFeatures
 from blip2.train.log import now_and_then, say
-from blip2.train.objectives import Batch, Stage1, Stage2
+from blip2.train.objectives import LOSSES, Batch, Stage1, Stage2
 from blip2.train.recipe import Recipe, Source
-from blip2.train.sources import Prototype, Sample
-from blip2.train.start import model_config, start_bridge
+from blip2.train.start import begin_projection, model_config, start_bridge
 from blip2.train.validation import Validation
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
 
     Args:
         parts: those that the model names where None.
-        half: the type that frozen parts have on a CUDA device.
+        half: the type that frozen parts have.
     Raises:
         ConfigError: keys that do not go together.
         DataError: data that cannot be read.
@@ -116,7 +116,8 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     if rows % world.size:
         raise ConfigError(f"batch_size: parts of {rows} rows cannot be shared by {world.size} ranks")
     given = parts or named_parts(config)
-    parts = dataclasses.replace(given, encoder=cache(lambda: _frozen(given.encoder(), device, half)))
+    exact = torch.float32 if device.type == "cpu" else half  # an encoder of convolutions gains nothing on a CPU
+    parts = dataclasses.replace(given, encoder=cache(lambda: _frozen(given.encoder(), device, exact)))
     texts = make_texts(recipe, config, parts)
     data = [read_data(source, recipe, config, parts) for source in recipe.data]
     bridge = start_bridge(recipe, config, parts.text).to(device)
@@ -239,12 +240,13 @@ def _objective(
         first = Stage1(
             bridge,
             encoder,
-            weights={name: scale * getattr(recipe.losses, name) for name in ("itc", "itm", "itg")},
+            weights={name: scale * getattr(recipe.losses, name) for name in LOSSES},
             smoothing=recipe.smoothing,
             gather_gradient=recipe.gather_gradient,
             itm_share=recipe.itm_share,
             itg_share=recipe.itg_share,
             itm_hardness=recipe.itm_hardness,
+            patch_dropout=recipe.patch_dropout,
             vocabulary=_used(texts.qformer.encode(captions, texts.max_length)) if recipe.vocabulary == "used" else None,
             world=world,
         )
@@ -252,6 +254,8 @@ def _objective(
         assert first is not None  # stage 1 always reads texts
         return first.to(device)
     language, tokenizer = parts.language()
+    language = _frozen(language, device, half)
+    begin_projection(bridge, language)
     vocabulary = None
     if recipe.vocabulary == "used":
         pairs = [(texts.prompts.caption, caption) for caption in captions]
@@ -260,12 +264,13 @@ def _objective(
         vocabulary = _used([*texts.tokenize(pairs)[1].tolist(), tokenizer.stop_ids])  # an end is learned against others
     stage2 = Stage2(
         bridge,
-        _frozen(language, device, half),
+        language,
         encoder,
         bos=tokenizer.bos,
         world=world,
         keep=first,
         vocabulary=vocabulary,
+        patch_dropout=recipe.patch_dropout,
     )
     return stage2.to(device)
 
@@ -276,9 +281,9 @@ def _used(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _frozen(part: _Part, device: torch.device, half: torch.dtype) -> _Part:
-    """A part that does not train, on its device, in half precision on CUDA."""
+    """A part that does not train, on its device and in its precision."""
     if isinstance(part, nn.Module):
-        part.requires_grad_(False).eval().to(device, half if device.type == "cuda" else None)
+        part.requires_grad_(False).eval().to(device, half)
     return part
 
 

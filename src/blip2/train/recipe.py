@@ -66,7 +66,7 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """One data set; `blip2.train.sources.read` says what the formats are.
+    """One data set; `blip2.data.sources.read` says what the formats are.
 
     Attributes:
         weight: its share of every batch, relative to the other sources.
@@ -121,11 +121,16 @@ class Validate(Section):
 
 
 class Losses(Section):
-    """Weights of the stage-1 losses; one of weight 0 is not computed."""
+    """Weights of the stage-1 losses; one of weight 0 is not computed.
+
+    Attributes:
+        diversity: not of the paper, where it is 0: keeps the queries from all saying the same about an image.
+    """
 
     itc: float = Field(default=1.0, ge=0)
     itm: float = Field(default=1.0, ge=0)
     itg: float = Field(default=1.0, ge=0)
+    diversity: float = Field(default=0.0, ge=0)
 
 
 def _features(value: Any) -> Any:
@@ -158,6 +163,8 @@ class Recipe(Section):
             of its own rows, so unless both are 1 several ranks learn from other pairs than one process would.
         itm_hardness: how much likelier ITM draws a similar wrong partner: 1 as published, 0 draws evenly. A small
             model that learns from few pairs starts better in between.
+        patch_dropout: share of each picture's patches that a step does not see, so that few pictures are not learned
+            by heart.
         gather_gradient: ITC's gradient crosses ranks.
         texts: how many captions and questions of each picture stage 2 learns from at once; the picture is read once
             for all of them, which costs far less than as many pictures.
@@ -202,6 +209,7 @@ class Recipe(Section):
     itm_share: float = Field(default=1.0, gt=0, le=1)
     itg_share: float = Field(default=1.0, gt=0, le=1)
     itm_hardness: float = Field(default=1.0, ge=0, le=1)
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     gather_gradient: bool
     texts: int = Field(default=1, ge=1)
     questions: float = Field(default=0.0, ge=0, le=1)

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from blip2 import weights
 from blip2.config import PRESETS, Blip2Config, describe, read_config
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
+from blip2.protocols import LanguageModel
 from blip2.train.log import say
 from blip2.train.recipe import Recipe, nearest
 from blip2.weights import assemble as assembly
@@ -22,6 +25,7 @@ from blip2.weights.load import check_names
 if TYPE_CHECKING:
     from blip2.adapters import TextPart
 
+WORDS = 4096  # of a vocabulary, whose mean a projection starts from
 _PARTS = ("vision", "language", "text")  # each of one kind or another
 
 
@@ -61,12 +65,16 @@ def model_directory(start: Path) -> Path:
 def start_bridge(recipe: Recipe, config: Blip2Config, text: Callable[[], TextPart]) -> Bridge:
     """The bridge with the weights that training starts from: an earlier run's, or those of the text part.
 
-    What an earlier run learned to tell another language model, of another width or none, does not come along.
+    What an earlier run learned to tell another language model, of another width or none, does not come along. A
+    language projection that has learned nothing yet is zero, see `begin_projection`.
 
     Raises:
         CheckpointError: they are of another shape.
     """
     bridge = Bridge(config)
+    if bridge.language_projection is not None:
+        nn.init.zeros_(bridge.language_projection.weight)
+        nn.init.zeros_(bridge.language_projection.bias)
     if recipe.start is None:
         if config.text is not None:
             start_from_bert(bridge.qformer, text().weights)
@@ -82,6 +90,20 @@ def start_bridge(recipe: Recipe, config: Blip2Config, text: Callable[[], TextPar
     check_names(bridge, state, directory)
     bridge.load_state_dict(state)
     return bridge
+
+
+@torch.no_grad()
+def begin_projection(bridge: Bridge, language: LanguageModel) -> None:
+    """A projection that has learned nothing says of every image the mean of the language model's words.
+
+    From there the model reads on as after a text. Sixteen random vectors are like no text it was trained on: its
+    gradients were ten times as large and moved the Q-Former away from what stage 1 taught.
+    """
+    projection = bridge.language_projection
+    if projection is None or projection.weight.any() or projection.bias.any():
+        return
+    some = torch.arange(0, language.vocab_size, max(1, language.vocab_size // WORDS), device=projection.bias.device)
+    projection.bias.copy_(language.embed(some).float().mean(0))
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any], place: str) -> dict[str, Any]:

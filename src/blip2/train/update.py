@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from blip2.device import half_dtype
+from blip2.device import computes, half_dtype
 from blip2.errors import Blip2Error, ConfigError
 from blip2.train.checkpoint import State
 from blip2.train.distributed import World
@@ -123,7 +123,7 @@ class Precision:
 
     Attributes:
         compute: None where everything is float32.
-        half: of frozen parts on CUDA.
+        half: of frozen parts.
     """
 
     device: torch.device
@@ -132,14 +132,14 @@ class Precision:
 
     @classmethod
     def choose(cls, name: str, device: torch.device) -> Precision:
-        """`auto`: bfloat16 where CUDA has it, else float16 there, and float32 on a CPU.
+        """`auto`: bfloat16 where the device computes it itself, else float16 on CUDA, and float32 on a CPU.
 
         Raises:
             ConfigError: float16 on a CPU.
         """
         half = half_dtype(device)
         if name == "auto":
-            return cls(device, None if device.type == "cpu" else half, half)
+            return cls(device, half, half) if computes(half, device) else cls(device, None, torch.float32)
         if name == "fp16" and device.type == "cpu":
             raise ConfigError("precision: fp16 needs CUDA; write fp32 or bf16")
         compute = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

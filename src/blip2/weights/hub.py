@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from blip2.errors import CheckpointError, ConfigError
 
@@ -17,7 +18,15 @@ def is_name(name: str) -> bool:
     return NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
-def download(name: str, *, revision: str | None = None, token: str | None = None, offline: bool = False) -> Path:
+def download(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    cache: str | Path | None = None,
+    weights: bool = True,
+) -> Path:
     """The directory of a model in the hub's cache, downloaded where it is not there yet.
 
     Args:
@@ -25,6 +34,8 @@ def download(name: str, *, revision: str | None = None, token: str | None = None
         revision: a branch, tag or commit; the main branch where None.
         token: of a user with access to it; the one that is logged in where None.
         offline: take what the cache has, ask nobody; so does the environment variable HF_HUB_OFFLINE=1.
+        cache: where the cache is; its usual place where None.
+        weights: False for configuration and tokenizer alone.
     Raises:
         CheckpointError: no such model or revision, no access, no network, or not in the cache.
     """
@@ -32,14 +43,17 @@ def download(name: str, *, revision: str | None = None, token: str | None = None
     if revision and named_revision and revision != named_revision:
         raise ConfigError(f"{name}: two revisions, {named_revision} and {revision}")
     revision = revision or named_revision or None
-    for weights in (_SAFE, _PICKLED):
-        place = _snapshot(name, revision, token, offline, [*_SMALL, *weights])
-        if any(match for pattern in weights for match in place.glob(pattern)):
+    where = {"revision": revision, "token": token, "local_files_only": offline, "cache_dir": cache}
+    if not weights:
+        return _snapshot(name, where, _SMALL)
+    for files in (_SAFE, _PICKLED):
+        place = _snapshot(name, where, [*_SMALL, *files])
+        if any(match for pattern in files for match in place.glob(pattern)):
             return place
     raise CheckpointError(f"{name}: the hub has neither safetensors, .bin nor .pdparams of it")
 
 
-def _snapshot(name: str, revision: str | None, token: str | None, offline: bool, patterns: list[str]) -> Path:
+def _snapshot(name: str, where: dict[str, Any], patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -48,11 +62,10 @@ def _snapshot(name: str, revision: str | None, token: str | None, offline: bool,
         RevisionNotFoundError,
     )
 
+    revision = where["revision"]
     what = name if revision is None else f"{name} at revision {revision}"
     try:
-        return Path(
-            snapshot_download(name, revision=revision, token=token, local_files_only=offline, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(name, allow_patterns=patterns, **where))
     except GatedRepoError:
         raise CheckpointError(
             f"{name}: its owners ask you to accept their terms first, at huggingface.co/{name}"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from blip2.data import shards
+from blip2.data.shards import ImageRef
 from blip2.errors import DataError
-from blip2.train import shards
-from blip2.train.shards import ImageRef
 
 __all__ = ["TEMPLATES", "Format", "ImageRef", "Prototype", "Sample", "json_lines", "read"]
 
@@ -95,7 +95,7 @@ def read(
             raise DataError(f"{place}: id {sample.id!r} comes twice; every picture needs an id of its own")
         samples[sample.id] = sample
     if not samples:
-        raise DataError(f"{path}: no samples found (read as {found!r}); see the formats in `blip2.train.sources.read`")
+        raise DataError(f"{path}: no samples found (read as {found!r}); see the formats in `blip2.data.sources.read`")
     return _join(samples, Path(questions)) if questions is not None else list(samples.values())
 
 

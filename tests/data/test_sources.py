@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip2.data import sources
+from blip2.data.sources import ImageRef, Prototype
 from blip2.errors import DataError
-from blip2.train import sources
-from blip2.train.sources import ImageRef, Prototype
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:

@@ -1,0 +1,1 @@
+"""LAVIS's names for its BLIP-2 models: `models` and `processors`, imported as there."""

@@ -1,0 +1,1 @@
+"""PaddleNLP's names for BLIP-2: see `transformers`."""
