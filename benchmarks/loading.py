@@ -1,16 +1,18 @@
 """Loading OPT-2.7b's geometry (made-up weights, bfloat16): memory, and the time to a first caption.
 
-    python -m benchmarks.loading FOLDER [--threads N] [--repeat N]
+    python -m benchmarks.loading FOLDER [--threads N] [--repeat N] [--layers N] [--beams N]
 
 writes 7.5 GB of shards into FOLDER where they are not there yet, then measures each way in a fresh process: anonymous
-memory at its highest over what the model's weights take, and seconds from the call that loads to the end of a greedy
-caption of ten tokens, with imports done before. Warm: the files are in the page cache; cold: they were dropped from it.
-transformers, and 8 GB of memory, are needed.
+memory at its highest over what the model's weights take, and seconds from the call that loads to the end of a caption
+of ten tokens, five beams as `caption` takes them by default, with imports done before. Warm: the files are in the page
+cache; cold: they were dropped from it. transformers, and 8 GB of memory, are needed; with fewer layers in both towers,
+in a folder of its own, less of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -24,7 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks import geometry
-from blip2.config import PRESETS
+from blip2.config import PRESETS, Blip2Config, OPTConfig, VisionConfig
+from blip2.decoding import BEAMS
 
 NEW_TOKENS = 10
 POLL = 0.01  # seconds
@@ -63,24 +66,24 @@ def _anonymous() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def ours(folder: Path, options: dict[str, Any], *, write: bool) -> dict[str, Any]:
-    """One load by blip2, and a caption."""
-    import blip2
+def ours(folder: Path, options: dict[str, Any], *, beams: int) -> dict[str, Any]:
+    """One load by blip2, and a caption if there are beams."""
+    import blip2.weights.assemble
     from blip2.blip2 import load
 
-    assert blip2.Blip2 is not None
+    assert blip2.weights.assemble is not None
     memory, start = AnonymousMemory(), time.perf_counter()
     model = load(folder, device="cpu", **options)
     loaded = time.perf_counter() - start
     peak = memory.stop()
     parts: list[Any] = [model.encoder, model.bridge, model.language]
     size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
-    if write:
-        model.caption(geometry.picture(), num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    if beams:
+        model.caption(geometry.picture(), num_beams=beams, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     return {"load": loaded, "caption": time.perf_counter() - start, "peak": peak, "size": size}
 
 
-def theirs(folder: Path, *, write: bool) -> dict[str, Any]:
+def theirs(folder: Path, *, beams: int) -> dict[str, Any]:
     """The same by transformers."""
     from transformers import Blip2ForConditionalGeneration, BlipImageProcessor
 
@@ -89,7 +92,7 @@ def theirs(folder: Path, *, write: bool) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     peak = memory.stop()
     size = sum(tensor.nbytes for tensor in model.parameters())
-    if write:
+    if beams:
         processor = BlipImageProcessor(size={"height": 224, "width": 224})
         pixels = processor(geometry.picture(), return_tensors="pt").pixel_values.to(torch.bfloat16)
         model.config.image_token_index = 0
@@ -97,7 +100,7 @@ def theirs(folder: Path, *, write: bool) -> dict[str, Any]:
         with torch.inference_mode():
             model.generate(
                 pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+                num_beams=beams, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
             )  # fmt: skip
     return {"load": loaded, "caption": time.perf_counter() - start, "peak": peak, "size": size}
 
@@ -118,10 +121,21 @@ def warm(folder: Path) -> None:
                 pass
 
 
-def _child(way: str, folder: Path, threads: int, *, write: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.loading", str(folder), "--way", way, "--threads", str(threads)]
-    done = subprocess.run([*command, *(["--write"] if write else [])], capture_output=True, text=True, check=True)
+def _child(way: str, folder: Path, threads: int, beams: int) -> dict[str, Any]:
+    options = ["--way", way, "--threads", str(threads), "--beams", str(beams)]
+    command = [sys.executable, "-m", "benchmarks.loading", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _config(layers: int | None) -> Blip2Config:
+    config = PRESETS["pretrain_opt2.7b"]
+    if layers is None:
+        return config
+    assert isinstance(config.vision, VisionConfig)
+    assert isinstance(config.language, OPTConfig)
+    vision, language = (dataclasses.replace(part, layers=layers) for part in (config.vision, config.language))
+    return config.replace(vision=vision, language=language)
 
 
 def main() -> None:
@@ -129,19 +143,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="of each tower, for a smaller and quicker run")
     parser.add_argument("--way", choices=WAYS, help="measure this one here and now, in JSON")
-    parser.add_argument("--write", action="store_true", help="with --way: write the caption too")
+    parser.add_argument("--beams", type=int, default=BEAMS, help="of the caption; with --way, 0 writes none")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.way:
         one = theirs if given.way == "transformers" else ours
         more: dict[str, Any] = {} if one is theirs else {"options": WAYS[given.way]}
-        print(json.dumps(one(given.folder, write=given.write, **more)))
+        print(json.dumps(one(given.folder, beams=given.beams, **more)))
         return
-    geometry.write(PRESETS["pretrain_opt2.7b"], given.folder)
+    geometry.write(_config(given.layers), given.folder)
     warm(given.folder)
     for way in WAYS:
-        found = _child(way, given.folder, given.threads, write=False)
+        found = _child(way, given.folder, given.threads, 0)
         print(
             f"{way}: weights {found['size'] / 1e9:.2f} GB, anonymous memory at most {found['peak'] / 1e9:.2f} GB while "
             f"loading: {found['peak'] / found['size']:.2f}; {found['load']:.1f} s",
@@ -153,7 +168,7 @@ def main() -> None:
             rounds.append({})
             for way in TIMED:
                 prepare(given.folder)
-                rounds[-1][way] = _child(way, given.folder, given.threads, write=True)
+                rounds[-1][way] = _child(way, given.folder, given.threads, given.beams)
         for way in TIMED:
             loads, captions = ([each[way][key] for each in rounds] for key in ("load", "caption"))
             print(

@@ -257,7 +257,7 @@ def test_blocks_on_other_devices_and_in_memory_run_with_the_rest(kind: str):
     prefix, lengths = torch.zeros(2, 5, 64, device=FIRST), torch.full((2,), 5, device=FIRST)
     ids = torch.zeros(2, dtype=torch.long, device=FIRST)
     if isinstance(language, OPT):
-        hidden, cache = language._read(prefix, lengths)
+        hidden, cache = language.read(prefix, lengths)
     else:
         cache = _unchecked(language, prefix, lengths)
         hidden = language.write(ids[:, None], cache)
