@@ -16,7 +16,7 @@ from blip2.evaluate.estimate import Estimate
 
 @pytest.fixture
 def command(model: Blip2, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
-    monkeypatch.setattr(evaluate, "open_model", lambda _name, _device, _dtype: model)
+    monkeypatch.setattr(evaluate, "open_model", lambda _name, _device, _dtype, _quantize: model)
     return CliRunner()
 
 

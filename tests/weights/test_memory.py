@@ -162,7 +162,7 @@ def test_a_model_in_our_own_format_becomes_coarse_too_and_lies_on_one_device(tmp
     model = load(tmp_path, quantize="int8")
     assert kinds(model) == {Int8Linear}
     torch.testing.assert_close(model.embed_images(picture(0)), tiny.embed_images(picture(0)), rtol=0, atol=0.05)
-    with pytest.raises(ConfigError, match="lie on one device; use `device`"):
+    with pytest.raises(ConfigError, match="lies on one device; use `device`"):
         load(tmp_path, device_map={"": "disk"})
 
 
