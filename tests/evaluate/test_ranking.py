@@ -99,7 +99,7 @@ def test_reranking_moves_only_the_best_of_each_query() -> None:
 def test_a_perfect_matching_head_repairs_what_stands_within_reach() -> None:
     random = np.random.default_rng(1)
     similarity = random.random((40, 40))
-    for_images, for_texts = rerank(similarity, lambda images, texts: 100.0 * (images == texts), top=10)
+    for_images, for_texts = rerank(similarity, lambda images, texts: 200.0 * (images == texts), top=10, weight=0.5)
     found = retrieval(for_images, np.eye(40, dtype=bool), to_images=for_texts)
     before = retrieval(similarity, np.eye(40, dtype=bool))
     assert found.text_to_image[1].value == before.text_to_image[10].value

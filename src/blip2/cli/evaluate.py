@@ -58,6 +58,9 @@ Beams = Annotated[int, typer.Option("--num-beams", min=1, help="Beams; 1 is gree
 def retrieval(
     data: Data,
     rerank: Annotated[int, typer.Option(min=0, help="Re-rank so many of each query's best by matching.")] = 0,
+    itm_weight: Annotated[
+        float, typer.Option(min=0, help="Of a match's logit beside the cosine; 1 as published, mini wants 0.05.")
+    ] = 1.0,
     out: Out = None,
     format: Layout = "auto",
     split: Split = None,
@@ -78,7 +81,9 @@ def retrieval(
     from blip2.evaluate.run import evaluate_retrieval
 
     with _bars() as progress:
-        found = evaluate_retrieval(open_model(model, device, dtype, quantize), samples, top=rerank, progress=progress)
+        found = evaluate_retrieval(
+            open_model(model, device, dtype, quantize), samples, top=rerank, weight=itm_weight, progress=progress
+        )
     numbers = {
         f"{way} R@{depth} ({name.upper()})": estimate
         for name, recall in found.items()

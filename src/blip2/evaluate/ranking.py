@@ -89,14 +89,15 @@ def retrieval(similarity: Scores, relevant: Mask, *, to_images: Scores | None = 
 
 
 def rerank(
-    similarity: Scores, score_pairs: Callable[[Indices, Indices], NDArray[np.floating]], top: int
+    similarity: Scores, score_pairs: Callable[[Indices, Indices], NDArray[np.floating]], top: int, weight: float = 1.0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Score the best of each query anew: cosine plus the matching head's logit; all others leave the ranking.
+    """Score the best of each query anew: cosine plus the matching head's logit, weighed; others leave the ranking.
 
     Args:
         similarity: float[N, M], cosines (ITC).
         score_pairs: images int64[P] and texts int64[P] to ITM logits float[P]; called once, each pair once.
         top: how many items of each query are scored (the paper: 128).
+        weight: of the logit; 1 as published. A head that has seen few pairs is worth less, find out on held-out ones.
     Returns:
         float64[N, M] for images that rank texts, and float64[N, M] for texts that rank images; -inf elsewhere.
     Source: BLIP-2, section 4.4.
@@ -107,5 +108,5 @@ def rerank(
     for_texts[np.argsort(-similarity, axis=0, kind="stable")[:top], np.arange(texts)[None]] = True
     rows, columns = np.nonzero(for_images | for_texts)
     scores = np.full(similarity.shape, -np.inf)
-    scores[rows, columns] = score_pairs(rows, columns).astype(np.float64) + similarity[rows, columns]
+    scores[rows, columns] = weight * score_pairs(rows, columns).astype(np.float64) + similarity[rows, columns]
     return np.where(for_images, scores, -np.inf), np.where(for_texts, scores, -np.inf)

@@ -130,6 +130,7 @@ def evaluate_retrieval(
     samples: Sequence[Sample],
     *,
     top: int = 0,
+    weight: float = 1.0,
     clean: bool = True,
     batch_size: int = 32,
     progress: Progress = silent,
@@ -138,6 +139,7 @@ def evaluate_retrieval(
 
     Args:
         top: how many of each query's best are re-ranked by matching; 0 for none. Patches of all images stay in memory.
+        weight: of a match's logit beside the cosine, see `rerank`.
         clean: see `texts_of`.
     Returns:
         `itc`; and `itm` where `top` is not 0.
@@ -151,7 +153,7 @@ def evaluate_retrieval(
         def score(images: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
             return match_pairs(model, features, texts, images, columns, progress=progress)
 
-        for_images, for_texts = rerank(similarity, score, top)
+        for_images, for_texts = rerank(similarity, score, top, weight)
         found["itm"] = retrieval(for_images, fits, to_images=for_texts)
     return found
 
