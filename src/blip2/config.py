@@ -331,7 +331,7 @@ def read_config(path: Path) -> Blip2Config:
         return TypeAdapter(Blip2Config).validate_python(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from None
 
 

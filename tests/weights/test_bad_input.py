@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import blip2
 from blip2.blip2 import Blip2
-from blip2.errors import CheckpointError
-from blip2.weights import hub, lavis, paddle, pdparams
+from blip2.errors import Blip2Error, CheckpointError
+from blip2.weights import hub, lavis, paddle, pdparams, sentencepiece
 from blip2.weights import transformers as hers
 from published import config, loaded, opt, t5
 
@@ -316,3 +316,15 @@ def test_a_disk_that_fills_up_leaves_nothing_that_a_later_run_would_trust(
     with pytest.raises(CheckpointError, match="No space left"):
         lavis.save(model, tmp_path / "lavis" / "model.pth")
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pth", ".pdparams") or "partial" in path.name]
+
+
+def test_a_configuration_nested_without_end_is_an_error(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(Blip2Error, match=r"config\.json"):
+        blip2.load(tmp_path)
+
+
+def test_a_vocabulary_with_a_piece_that_has_no_text_is_an_error(tmp_path: Path):
+    (tmp_path / "spiece.model").write_bytes(b"\x0a\x00")
+    with pytest.raises(CheckpointError, match="damaged, or no sentencepiece model"):
+        sentencepiece.read(tmp_path / "spiece.model")

@@ -107,6 +107,8 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     config = model_config(recipe)
     if recipe.stage == 2 and config.language is None:
         raise ConfigError("stage 2 needs a language model; name one under model.language")
+    if _reads_texts(recipe) and not config.heads:
+        raise ConfigError("model.heads: false, and the losses of stage 1 are computed by them; leave it out, or keep=0")
     if _reads_texts(recipe) and recipe.text_length > config.qformer.positions:
         raise ConfigError(
             f"text_length: {recipe.text_length} is more than the Q-Former's text has positions, "

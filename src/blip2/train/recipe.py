@@ -247,6 +247,8 @@ class Recipe(Section):
             raise ValueError(f"accumulate: batch_size {self.batch_size} does not divide by {self.accumulate}")
         if self.prefix_lm and self.vocabulary == "used":
             raise ValueError("vocabulary: with prefix_lm it must be all, since the words of a cut caption vary")
+        if self.stage == 1 and not any((self.losses.itc, self.losses.itm, self.losses.itg)):
+            raise ValueError("losses: all are 0, and stage 1 learns from nothing else")
         if self.model is None and self.start is None:
             raise ValueError("model: is missing; name a preset, or an earlier run as `start`")
         return self

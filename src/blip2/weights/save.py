@@ -25,6 +25,7 @@ from blip2.config import Blip2Config, LanguageConfig, PartConfig, Strict, Vision
 from blip2.errors import CheckpointError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
+from blip2.quantize import check_plain
 from blip2.weights import card
 from blip2.weights.skeleton import build_language, skeleton
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 LANGUAGE = "language.safetensors"
 TOKENIZERS = "tokenizers.json"
+PADDLE = "model_state.pdparams"  # which makes a directory one of PaddleNLP
 FROZEN_WORDS = "qformer.words.weight"  # belongs to the frozen text part where the configuration says so
 
 
@@ -84,6 +86,10 @@ def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) 
     if own:
         _check_language(language, config.language)
     vision = cast("nn.Module", model.encoder) if isinstance(config.vision, VisionConfig) else None
+    if vision is not None:
+        check_plain(vision)
+    if (directory / PADDLE).exists():
+        raise CheckpointError(f"{directory}: holds {PADDLE}, which would be read instead; choose another directory")
     ids = _tokenizers(model, own)
     with _together(directory) as file:
         _write_model(file, directory, config, model.bridge, vision, dtype, None if own else vocabulary)

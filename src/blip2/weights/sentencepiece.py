@@ -16,7 +16,9 @@ import numpy as np
 
 from blip2.errors import CheckpointError
 
-LARGEST = 64 << 20  # bytes; T5's own file has 0.8 MB
+LARGEST = 16 << 20  # bytes; T5's own file has 0.8 MB
+TABLE = 4 << 20  # bytes of its table of characters; T5's has 0.2 MB
+AT_ONCE = 4096  # places of that table that are looked at together
 EXTRA_IDS = 100  # <extra_id_99> to <extra_id_0> after the pieces, in every T5
 _UNIGRAM, _CONTROL, _USER = 1, 3, 4
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a space within pieces
@@ -84,7 +86,7 @@ def read(path: Path) -> Pieces:
         found = _pieces(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, IndexError, TypeError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, struct.error) as error:
         raise CheckpointError(f"{path}: damaged, or no sentencepiece model: {error}") from None
     return found
 
@@ -124,14 +126,17 @@ def _check_characters(characters: bytes) -> None:
     """
     if not characters:
         return
+    if len(characters) > TABLE:
+        raise ValueError(f"its table of characters has {len(characters)} bytes")
     size = int.from_bytes(characters[:4], "little")
     units = np.frombuffer(characters[4 : 4 + size], "<u4").astype(np.int64)
     texts = np.frombuffer(characters[4 + size :], np.uint8)
     characters[4 + size :].decode()
     starts = np.append((texts & 0xC0) != 0x80, False)  # of characters
     letters = np.arange(1, 256)
-    seen, nodes = np.zeros(len(units), bool), np.zeros(1, np.int64)
-    while len(nodes):
+    seen, waiting = np.zeros(len(units), bool), [np.zeros(1, np.int64)]
+    while waiting:
+        nodes = waiting.pop()
         seen[nodes] = True
         here = units[nodes]
         below = nodes ^ ((here >> 10) << ((here & 0x200) >> 6))
@@ -143,6 +148,8 @@ def _check_characters(characters: bytes) -> None:
             raise ValueError("its table of characters points into no text")
         found = children[(units[children] & 0x800000FF) == letters]
         nodes = np.unique(found[~seen[found]])
+        seen[nodes] = True
+        waiting += [nodes[start : start + AT_ONCE] for start in range(0, len(nodes), AT_ONCE)]
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

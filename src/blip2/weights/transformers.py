@@ -42,7 +42,7 @@ def holds(directory: Path) -> bool:
     """Whether a directory is of this format: its config.json names a `model_type`."""
     try:
         return "model_type" in json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -292,7 +292,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds no keys")

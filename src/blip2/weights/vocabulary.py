@@ -56,7 +56,7 @@ def _extra_ids(directory: Path) -> int:
     path = directory / "tokenizer_config.json"
     try:
         values = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     count = values.get("extra_ids", sentencepiece.EXTRA_IDS) if isinstance(values, dict) else None
     if not isinstance(count, int) or not 0 <= count <= MOST_EXTRA_IDS:

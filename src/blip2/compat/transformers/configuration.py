@@ -153,6 +153,8 @@ class Blip2Config(PretrainedConfig):
         image_token_index: int | None = None,
         **values: Any,
     ) -> None:
+        newer = values.pop("image_token_id", None)
+        image_token_index = newer if image_token_index is None else image_token_index
         super().__init__(**values)
         self.vision_config = Blip2VisionConfig(**_values(vision_config))
         self.qformer_config = Blip2QFormerConfig(**_values(qformer_config))
@@ -194,6 +196,10 @@ class Blip2Config(PretrainedConfig):
     def image_token_id(self) -> int | None:
         """`image_token_index` by its newer name."""
         return self.image_token_index
+
+    @image_token_id.setter
+    def image_token_id(self, value: int | None) -> None:
+        self.image_token_index = value
 
     @property
     def hidden_size(self) -> int:

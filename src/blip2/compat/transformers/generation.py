@@ -126,7 +126,7 @@ def _most(asked: Mapping[str, Any], begun: int, room: int) -> int:
     if asked["max_new_tokens"] is not None:
         return asked["max_new_tokens"]
     if asked["max_length"] is None:
-        return min(NEW_TOKENS, room)
+        return min(NEW_TOKENS, max(1, room))  # a full context is the engine's error to tell
     if asked["max_length"] <= begun:
         raise ConfigError(
             f"max_length is {asked['max_length']}, and the prompt has {begun} positions already, the image's among "

@@ -5,8 +5,9 @@ Letters: B rows, N positions, P patches, Q queries, D width.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
@@ -23,6 +24,7 @@ from blip2.config import VisionConfig
 from blip2.errors import ConfigError, PromptError
 from blip2.files import replacing
 from blip2.model.qformer import QFormer
+from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.weights import transformers as format
 
@@ -226,6 +228,16 @@ class Seeing(PreTrainedModel):
         self.vision_model = Blip2VisionModel(config.vision_config, (model.encoder, model.bridge.vision_norm))
         self.qformer = Blip2QFormerModel(config.qformer_config, model.bridge.qformer)
         self._model = model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half`, `cuda` and the like stand on; the bridge keeps computing in float32."""
+        super()._apply(fn, recurse)
+        self._model.bridge.float()
+        weight = next(self.vision_model.parameters())
+        if weight.dtype == torch.float16 and isinstance(self._model.language, T5):
+            self._model.language.half_safe()
+        self._model = dataclasses.replace(self._model, device=weight.device, dtype=weight.dtype)
+        return self
 
     def save_pretrained(self, directory: str | Path, **words: Any) -> None:
         """Write what `from_pretrained` reads, here and in transformers.

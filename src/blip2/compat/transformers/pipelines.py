@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.compat.transformers import places
 from blip2.compat.transformers.processing import AutoProcessor, Blip2Processor
 from blip2.compat.transformers.tokens import texts_of
 from blip2.compat.transformers.writing import Blip2ForConditionalGeneration
@@ -89,8 +90,11 @@ class ImageTextToTextPipeline:
         decoder_only = self.model.config.use_decoder_only_language_model
         width = inputs["input_ids"].shape[1] if decoder_only else 1
         language: Any = self.model.language_model
-        if not {"max_new_tokens", "max_length"} & set(asked):
-            asked = {**asked, "max_new_tokens": min(NEW_TOKENS, language.context - inputs["input_ids"].shape[1])}
+        given = asked.get("generation_config")
+        said = {**self.model.generation_config.to_dict(), **(given.to_dict() if given else {}), **asked}
+        if said.get("max_new_tokens") is None and said.get("max_length") is None:
+            room = language.context - inputs["input_ids"].shape[1]
+            asked = {**asked, "max_new_tokens": min(NEW_TOKENS, max(1, room))}
         ids: Tensor = self.model.generate(**inputs, **asked)
         return self.processor.batch_decode(ids[:, width:], skip_special_tokens=True)
 
@@ -118,11 +122,12 @@ def pipeline(
         raise ConfigError(f"pipeline {task!r}: blip2 has {TASK!r}")
     if model is None or (processor is None and not isinstance(model, str | Path)):
         raise ConfigError(f"pipeline {task!r}: give a model, and its processor beside a loaded one")
-    where = {name: words[name] for name in ("revision", "token", "local_files_only") if name in words}
+    words = {**words, **(model_kwargs or {})}
+    where = {name: words[name] for name in places.WHERE if name in words}
     if processor is None or isinstance(processor, str | Path):
         processor = AutoProcessor.from_pretrained(processor or model, **where)
     if isinstance(model, str | Path):
-        model = AutoModelForImageTextToText.from_pretrained(model, **words, **(model_kwargs or {}))
+        model = AutoModelForImageTextToText.from_pretrained(model, **words)
     if device is not None:
         model.to(
             torch.device(

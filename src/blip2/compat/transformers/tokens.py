@@ -117,6 +117,8 @@ class Tokenizer:
         if truncation and max_length is None and (longest := int(self.values.get("model_max_length") or 0)) < ENDLESS:
             max_length = longest or None
         room = max_length - len(before) - len(after) if truncation and max_length is not None else None
+        if room is not None and room < 0:
+            raise PromptError(f"max_length leaves a text {max_length} tokens, fewer than its special ones: raise it")
         encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
         return [[*before, *encoding.ids[:room], *after] for encoding in encodings]
 
@@ -173,8 +175,8 @@ class Tokenizer:
         if options:
             raise ConfigError(f"decode: blip2 has no {next(iter(options))!r}; leave it out")
         plain: Any = ids.tolist() if isinstance(ids, Tensor) or hasattr(ids, "tolist") else ids
-        if isinstance(plain, int):
-            plain = [plain]
+        rows: list[Any] = [plain] if isinstance(plain, int) else list(plain)
+        plain = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
         if plain and not isinstance(plain[0], int):
             return [self.decode(row, skip_special_tokens) for row in plain]
         return self.rust.decode(list(plain), skip_special_tokens=skip_special_tokens)
