@@ -84,13 +84,19 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     free = pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
-    with contextlib.suppress(OSError, StopIteration):  # Linux
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    with contextlib.suppress(OSError):
+        free = available_memory() or free
     with contextlib.suppress(OSError, ValueError):  # in a container; "max" where it has no limit
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return max(free, 0)
+
+
+def available_memory() -> int | None:
+    """Bytes that Linux would give without swapping: free ones, and files that it can read again; None elsewhere."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _unknown(name: str) -> ConfigError:

@@ -13,6 +13,8 @@ import pytest
 from huggingface_hub import constants
 from tiny_hub import COMMIT, WRITERS, build, picture
 
+from blip2.compat import transformers as compat
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -77,3 +79,16 @@ def address() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}/demo.jpg"
     server.shutdown()
     thread.join()
+
+
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def pair(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[Any, Any, Any]:
+    """Theirs, ours, and our processor."""
+    transformers = pytest.importorskip("transformers")
+    place = folders[request.param]
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(place).eval()
+    return (
+        theirs,
+        compat.Blip2ForConditionalGeneration.from_pretrained(place),
+        compat.AutoProcessor.from_pretrained(place),
+    )

@@ -37,18 +37,6 @@ RAGGED = ["what is it?", "a", "a photo of two", "who"]
 Pair = tuple[Any, Any, Any]
 
 
-@pytest.fixture(scope="module", params=["opt", "t5"])
-def pair(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Pair:
-    """Theirs, ours, and our processor."""
-    place = folders[request.param]
-    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(place).eval()
-    return (
-        theirs,
-        compat.Blip2ForConditionalGeneration.from_pretrained(place),
-        compat.AutoProcessor.from_pretrained(place),
-    )
-
-
 def inputs(processor: Any, texts: list[str], side: str = "right") -> Any:
     processor.tokenizer.padding_side = side
     return processor([picture(seed) for seed in range(len(texts))], texts, return_tensors="pt", padding=True)

@@ -26,18 +26,6 @@ def close(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.fixture(scope="module", params=["opt", "t5"])
-def pair(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Pair:
-    """Theirs, ours, and our processor."""
-    place = folders[request.param]
-    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(place).eval()
-    return (
-        theirs,
-        compat.Blip2ForConditionalGeneration.from_pretrained(place),
-        compat.AutoProcessor.from_pretrained(place),
-    )
-
-
 def inputs(processor: Any, side: str = "right") -> Any:
     processor.tokenizer.padding_side = side
     pictures = [picture(seed) for seed in range(len(PROMPTS))]

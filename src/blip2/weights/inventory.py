@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from blip2.config import (
     PartConfig,
     VisionConfig,
 )
+from blip2.device import available_memory
 from blip2.model.bridge import Bridge
 from blip2.model.gemma import Gemma
 from blip2.model.vision import VisionTransformer
@@ -175,20 +175,13 @@ def places() -> list[Place]:
     found: list[Place] = []
     try:
         page, total = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-        found.append(Place("RAM", page * total, _available() or page * os.sysconf("SC_AVPHYS_PAGES")))
+        found.append(Place("RAM", page * total, available_memory() or page * os.sysconf("SC_AVPHYS_PAGES")))
     except (AttributeError, ValueError, OSError):
         pass
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         found.append(Place(f"cuda:{index}", total, free))
     return found
-
-
-def _available() -> int | None:
-    """Bytes that Linux would give without swapping: free ones, and files that it can read again."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _vision(config: VisionConfig | PartConfig) -> Part:

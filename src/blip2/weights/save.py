@@ -26,7 +26,7 @@ from blip2.errors import CheckpointError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
 from blip2.quantize import check_plain
-from blip2.weights import card
+from blip2.weights import card, paddle
 from blip2.weights.skeleton import build_language, skeleton
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 LANGUAGE = "language.safetensors"
 TOKENIZERS = "tokenizers.json"
-PADDLE = "model_state.pdparams"  # which makes a directory one of PaddleNLP
 FROZEN_WORDS = "qformer.words.weight"  # belongs to the frozen text part where the configuration says so
 
 
@@ -88,8 +87,8 @@ def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) 
     vision = cast("nn.Module", model.encoder) if isinstance(config.vision, VisionConfig) else None
     if vision is not None:
         check_plain(vision)
-    if (directory / PADDLE).exists():
-        raise CheckpointError(f"{directory}: holds {PADDLE}, which would be read instead; choose another directory")
+    if paddle.holds(directory):
+        raise CheckpointError(f"{directory}: holds {paddle.FILE}, which would be read instead; choose another folder")
     ids = _tokenizers(model, own)
     with _together(directory) as file:
         _write_model(file, directory, config, model.bridge, vision, dtype, None if own else vocabulary)
