@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 
@@ -20,11 +19,11 @@ from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.device import pick_device, pick_dtype
 from blip2.errors import ConfigError, PromptError
-from blip2.model import prefix
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, present, sentence, unwrap
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.quantize import check_scheme
+from blip2.reading import Asked
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
 
@@ -257,21 +256,19 @@ class Blip2:
             raise ConfigError("this model has no language model: it matches and embeds, but does not write")
         return self.language, self.tokenizer
 
-    def _prefix(
-        self, features: ImageFeatures, prompts: Sequence[str], room: int, counts: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Prefix embeddings and lengths, with room for so many new tokens."""
+    def _asked(self, features: ImageFeatures, prompts: Sequence[str], room: int, counts: Sequence[int]) -> Asked:
+        """Prompts as the language model reads them, with room for so many new tokens."""
         language, tokenizer = self.writer()
-        ids, queries = tokenizer.prompts(prompts), features.queries.shape[1]
-        rows = zip(ids, counts, strict=True)
-        longest = max(prefix.length(row, count, queries, tokenizer.bos) for row, count in rows) + room
+        ids, layout = tokenizer.prompts(prompts), self.config.prompts.visual
+        readings, project = features.readings, self.bridge.project
+        asked = Asked(language, project, features.queries, readings, ids, tokenizer.bos, layout, counts, self.device)
+        longest = max(asked.lengths, default=0) + room
         if longest > language.context:
             raise PromptError(
                 f"images, prompt and answer need {longest} positions, the language model has {language.context}: "
                 "shorten the prompt or lower max_new_tokens"
             )
-        visual = self.bridge.project(features.queries.to(self.device))  # (N, Q, Dl)
-        return prefix.build(language, visual, ids, tokenizer.bos, self.config.prompts.visual, counts)
+        return asked
 
     @torch.inference_mode()
     def write(
@@ -286,6 +283,7 @@ class Blip2:
 
         Args:
             features: of all prompts' images, in order.
+            batch_size: how many prompts are written at a time; where one ends, another takes its place.
             counts: images of each prompt; one each where None.
         Returns:
             `decoding.num_captions` texts for each prompt, best first.
@@ -294,15 +292,11 @@ class Blip2:
         """
         language, tokenizer = self.writer()
         counts = [1] * len(prompts) if counts is None else counts
-        ends = [0, *accumulate(counts)]
-        written: list[list[Generation]] = []
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            images = features[ends[start] : ends[min(start + batch_size, len(prompts))]]
-            embeds, lengths = self._prefix(images, prompts[rows], decoding.max_new_tokens, counts[rows])
-            found = generate.generate(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
-            written += [[generation(tokens, tokenizer) for tokens in row] for row in found]
-        return written
+        asked = self._asked(features, prompts, decoding.max_new_tokens, counts)
+        found = generate.answer(
+            language, asked, decoding.method, decoding.limits, tokenizer.stop_ids, capacity=batch_size
+        )
+        return [[generation(tokens, tokenizer) for tokens in row] for row in found]
 
     def _stream(
         self, features: ImageFeatures, prompt: str, decoding: Decoding, details: bool, counts: Sequence[int]
@@ -313,8 +307,8 @@ class Blip2:
             raise ConfigError(f"a stream is of one text, not of {len(counts)}")
         language, tokenizer = self.writer()
         with torch.inference_mode():
-            embeds, lengths = self._prefix(features, [prompt], decoding.max_new_tokens, counts)
-            steps = generate.stream(language, embeds, lengths, decoding.method, decoding.limits, tokenizer.stop_ids)
+            asked = self._asked(features, [prompt], decoding.max_new_tokens, counts)
+            steps = generate.follow(language, asked, decoding.method, decoding.limits, tokenizer.stop_ids)
         return generate.pieces((ids[0] for ids in steps if ids[0] is not None), tokenizer.decode)
 
     @torch.inference_mode()
@@ -333,8 +327,8 @@ class Blip2:
         language, tokenizer = self.writer()
         ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
         ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"
-        embeds, lengths = self._prefix(features, prompts, max(map(len, ids)), counts or [1] * len(prompts))
-        scores = generate.rank(language, embeds, lengths, ids)  # (N, C)
+        asked = self._asked(features, prompts, max(map(len, ids)), counts or [1] * len(prompts))
+        scores = generate.rank(language, *asked.prefix(), ids)  # (N, C)
         return [Ranking(tuple(choices), tuple(row)) for row in scores.tolist()]
 
 

@@ -46,7 +46,11 @@ class ImageEncoder(Protocol):
 
 
 class Cache(Protocol):
-    """What a language model has read so far, one row a sequence."""
+    """What a language model has read so far, one row a sequence.
+
+    A cache that has `join(other)` too takes the rows of another one in, after its own: then finished texts' places are
+    taken by waiting ones. Its rows count their positions themselves, whenever they began.
+    """
 
     def select(self, rows: Tensor) -> Self:
         """The rows in a new order, some perhaps many times or not at all: for beams and finished rows.
@@ -61,7 +65,8 @@ class Cache(Protocol):
 class LanguageModel(Protocol):
     """A frozen language model, decoder-only or encoder-decoder: the difference stays behind this protocol.
 
-    A prefix is right-padded; a row's result never depends on its neighbours or on padding.
+    A prefix is right-padded; a row's result never depends on its neighbours or on padding. A model whose `goes_on` is
+    True has a fourth argument of `prefill`, `past`: a cache that each row goes on from, which stays as it is.
     """
 
     @property

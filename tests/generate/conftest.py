@@ -18,6 +18,9 @@ class States:
     def select(self, rows: Tensor) -> States:
         return States(self.hidden[rows])
 
+    def join(self, other: States) -> States:
+        return States(torch.cat([self.hidden, other.hidden]))
+
 
 class Recurrent:
     """A random recurrent network: everything read so far changes every later score."""

@@ -264,7 +264,10 @@ def test_blocks_on_other_devices_and_in_memory_run_with_the_rest(kind: str):
     assert hidden.device == FIRST
     for _ in range(2):
         assert language.step(ids, cache).device == FIRST
-    assert {key.device for key, _ in cache._prompts} == {SECOND, FIRST}  # what lies in memory is brought to the first
+    assert {key.device for key, _ in zip(cache.tiers[0].keys, cache.tiers[0].values, strict=True)} == {
+        SECOND,
+        FIRST,
+    }  # what lies in memory is brought to the first
 
 
 def _unchecked(language: T5, prefix: Tensor, lengths: Tensor) -> Any:

@@ -49,15 +49,23 @@ class Narrowed(nn.Module):
         """The token that every text of an encoder-decoder begins from."""
         return getattr(self.language, "start_id", None)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether `prefill` takes a past."""
+        return getattr(self.language, "goes_on", False)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings: int64[...] to float[..., D]."""
         return self.language.embed(ids)
 
-    def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, Cache]:
+    def prefill(
+        self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None, past: Any = None
+    ) -> tuple[Tensor, Cache]:
         """As the model's; logits -inf for what is not written. See `protocols.LanguageModel`."""
+        more = () if past is None else (past,)
         if vocabulary is not None:
-            return self.language.prefill(prefix, lengths, vocabulary)
-        logits, cache = self.language.prefill(prefix, lengths, self.vocabulary)
+            return self.language.prefill(prefix, lengths, vocabulary, *more)
+        logits, cache = self.language.prefill(prefix, lengths, self.vocabulary, *more)
         return self._spread(logits), cache
 
     def step(self, ids: Tensor, cache: Any, vocabulary: Tensor | None = None) -> Tensor:

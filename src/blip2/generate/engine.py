@@ -1,20 +1,24 @@
-"""Generation: schedule, run, sample, collect. The model reads a prefix once, then a token a step.
+"""Generation: schedule, run, sample, collect. The model reads a prompt once, then a token a step.
 
-Letters: B prefixes, S prefix positions, D width.
+Prompts that began together are a group, with a search of its own. All groups' rows step together; finished rows leave,
+and waiting prompts take their place. Letters: N prompts, B rows, S prefix positions, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from blip2.errors import ConfigError, PromptError
+from blip2.generate.batch import Batch, Prefixes, Prompts
 from blip2.generate.beam import BeamSearch
 from blip2.generate.methods import Beam, Limits, Method, Sample, Tokens, check
 from blip2.generate.schedule import Independent, Search
 from blip2.protocols import LanguageModel
+
+WORTH = 4  # waiting prompts begin when this part of the capacity is free: a prefill of one costs almost that of several
 
 
 def generate(
@@ -26,61 +30,97 @@ def generate(
     stop_ids: tuple[int, ...],
     seed: int | Sequence[int] | None = None,
     said: Tensor | None = None,
+    capacity: int | None = None,
 ) -> list[list[Tokens]]:
     """Texts after each prefix; the captions and beams of one share its prefill, and finished ones leave the batch.
 
     Args:
-        prefix: float[B, S, D], right-padded.
-        lengths: int64[B].
+        prefix: float[N, S, D], right-padded.
+        lengths: int64[N].
         stop_ids: tokens that end a text.
         seed: instead of the method's: one for all rows, or one a row where the rows are separate requests.
-        said: int64[B, H], tokens of each prompt that may not be repeated either; None where only written ones count.
+        said: int64[N, H], tokens of each prompt that may not be repeated either; None where only written ones count.
+        capacity: how many prompts are written at a time, the others wait; all where None.
     Returns:
-        B lists of `limits.captions` sequences: best first with beams, as drawn with sampling.
+        N lists of `limits.captions` sequences: best first with beams, as drawn with sampling.
     Raises:
         ConfigError: method, limits and seed do not fit together.
         PromptError: a prefix and `max_new_tokens` do not fit into the model's context.
     """
+    prompts = Prefixes(language, prefix, lengths)
+    return answer(language, prompts, method, limits, stop_ids, seed, said, capacity)
+
+
+def answer(
+    language: LanguageModel,
+    prompts: Prompts,
+    method: Method,
+    limits: Limits,
+    stop_ids: tuple[int, ...],
+    seed: int | Sequence[int] | None = None,
+    said: Tensor | None = None,
+    capacity: int | None = None,
+) -> list[list[Tokens]]:
+    """As `generate`, of prompts that are read when their turn comes."""
     check(method, limits)
-    check_context(language, lengths, limits)
-    seeds, said = row_seeds(method, seed, len(prefix)), already_said(language, prefix, said)
-    search: Search
-    if isinstance(method, Beam):
-        search = BeamSearch(method, limits, stop_ids, seeds, said)
-    else:
-        search = Independent(method, limits, stop_ids, seeds, said)
-    for _ in run(language, prefix, lengths, search):
-        pass
-    return search.results()
+    check_context(language, prompts.lengths, limits)
+    count = len(prompts.lengths)
+    seeds, before = row_seeds(method, seed, count), already_said(language, count, prompts.device, said)
+
+    def begin(which: list[int]) -> Search:
+        kind = BeamSearch if isinstance(method, Beam) else Independent
+        return kind(method, limits, stop_ids, [seeds[each] for each in which], before[which])  # pyright: ignore[reportArgumentType]
+
+    each = method.width if isinstance(method, Beam) else limits.captions
+    found: list[list[Tokens]] = [[] for _ in range(count)]
+    for finished in run(language, prompts, begin, each, capacity):
+        for which, search in finished:
+            for number, texts in zip(which, search.results(), strict=True):
+                found[number] = texts
+    return found
 
 
 @torch.no_grad()
-def run(language: LanguageModel, prefix: Tensor, lengths: Tensor, search: Search) -> Iterator[None]:
-    """The loop; gives the word back after each step."""
-    if not len(prefix):
-        return
-    logits, cache = language.prefill(prefix, lengths)
-    while True:
-        rows, ids = search.advance(logits)
-        yield
-        if not len(ids):
-            return
-        if not torch.equal(rows, torch.arange(len(logits), device=rows.device)):
-            cache = cache.select(rows)
-        logits = language.step(ids, cache)
+def run(
+    language: LanguageModel,
+    prompts: Prompts,
+    begin: Callable[[list[int]], Search],
+    each: int,
+    capacity: int | None = None,
+) -> Iterator[list[tuple[list[int], Search]]]:
+    """The loop; after each step, the groups that it finished.
+
+    Args:
+        begin: a search for some prompts, by number.
+        each: rows that a prompt becomes.
+        capacity: prompts that are written at a time.
+    """
+    count = len(prompts.lengths)
+    capacity = count if capacity is None else capacity
+    waiting = list(range(count))
+    if capacity < count:  # long prompts together: less padding
+        waiting.sort(key=lambda number: -prompts.lengths[number])
+    batch = Batch(language)
+    while waiting or batch.rows:
+        free = capacity - -(-batch.rows // each)
+        if waiting and batch.open and free >= min(len(waiting), -(-capacity // (WORTH if batch.rows else 1))):
+            which, waiting = waiting[:free], waiting[free:]
+            batch.join(which, begin(which), *prompts.read(which))
+        else:
+            batch.step()
+        yield batch.finished()
 
 
-def already_said(language: LanguageModel, prefix: Tensor, said: Tensor | None = None) -> Tensor:
-    """What counts as said before each text, int64[B, H]: an encoder-decoder's first token too, as in transformers."""
+def already_said(language: LanguageModel, count: int, device: torch.device, said: Tensor | None = None) -> Tensor:
+    """What counts as said before each text, int64[N, H]: an encoder-decoder's first token too, as in transformers."""
     start: int | None = getattr(language, "start_id", None)
-    shape = len(prefix), 0 if start is None else 1
-    first = torch.full(shape, start or 0, dtype=torch.long, device=prefix.device)
+    first = torch.full((count, 0 if start is None else 1), start or 0, dtype=torch.long, device=device)
     return first if said is None else torch.cat([said, first], 1)
 
 
-def check_context(language: LanguageModel, lengths: Tensor, limits: Limits) -> None:
+def check_context(language: LanguageModel, lengths: Sequence[int], limits: Limits) -> None:
     """Raises PromptError where a prefix and what may follow it are longer than the model's context."""
-    longest = int(lengths.max()) if len(lengths) else 0
+    longest = max(lengths, default=0)
     if longest + limits.max_new_tokens > language.context:
         raise PromptError(
             f"the prompt fills {longest} positions and max_new_tokens is {limits.max_new_tokens}, "

@@ -33,8 +33,9 @@ def generate(
 ) -> list[list[Tokens]]:
     """As `engine.generate`, slowly."""
     check(method, limits)
-    check_context(language, lengths, limits)
-    seeds, said = row_seeds(method, seed, len(prefix)), already_said(language, prefix, said)
+    check_context(language, lengths.tolist(), limits)
+    seeds = row_seeds(method, seed, len(prefix))
+    said = already_said(language, len(prefix), prefix.device, said)
     results: list[list[Tokens]] = []
     for row, length in enumerate(lengths.tolist()):
         reader = _Reader(language, prefix[row : row + 1, :length], limits, stop_ids, said[row : row + 1])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from blip2.errors import ConfigError
+from blip2.generate.batch import Prefixes, Prompts
 from blip2.generate.engine import already_said, check_context, row_seeds, run
 from blip2.generate.methods import Beam, Limits, Method
 from blip2.generate.schedule import Independent
@@ -30,14 +31,28 @@ def stream(
         ConfigError: the method has beams, which may change what was said before; or there are several captions a row.
         PromptError: as in `generate`.
     """
+    return follow(language, Prefixes(language, prefix, lengths), method, limits, stop_ids, seed)
+
+
+def follow(
+    language: LanguageModel,
+    prompts: Prompts,
+    method: Method,
+    limits: Limits,
+    stop_ids: tuple[int, ...],
+    seed: int | Sequence[int] | None = None,
+) -> Iterator[list[int | None]]:
+    """As `stream`, of prompts that are read when they are asked for."""
     if isinstance(method, Beam):
         raise ConfigError("beam search cannot stream: it may change what it has said; use greedy decoding or sampling")
     if limits.captions != 1:
         raise ConfigError(f"a stream has one caption an image, not {limits.captions}")
-    check_context(language, lengths, limits)
-    seeds = row_seeds(method, seed, len(prefix))
-    search = Independent(method, limits, stop_ids, seeds, already_said(language, prefix))
-    return (search.latest for _ in run(language, prefix, lengths, search) if search.latest != [None] * len(prefix))
+    check_context(language, prompts.lengths, limits)
+    count = len(prompts.lengths)
+    before = already_said(language, count, prompts.device)
+    search = Independent(method, limits, stop_ids, row_seeds(method, seed, count), before)
+    steps = run(language, prompts, lambda _: search, 1)
+    return (search.latest for _ in steps if search.latest != [None] * count)
 
 
 def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:

@@ -1,10 +1,11 @@
-"""What a decoder has read: prompts, which are not copied for a row, and the tokens since.
+"""What a decoder has read: tiers that rows share, whose keys are never copied for a row, and what each row read since.
 
-The keys and values of a prompt are computed once and stay where they are: beams, samples and texts that follow the same
-prompt are rows that point at it. Only the few tokens that a row wrote itself are its own, and move when rows do.
+A tier holds the keys and values of images or of prompts. They are computed once and stay where they are: beams, samples
+and questions that follow the same prompt are rows that point at it. What a row wrote itself stands in columns that all
+rows write at the same time; a row that came later has nothing in the columns before its first.
 
-Letters: P prompts, B rows, L layers, S prompt positions, T new positions, t all since the prompt, H heads, A heads of
-keys and values (H = A * G), d width of a head.
+Letters: P prompts of a tier, B rows, n rows of a prompt, L layers, S positions of a tier, T new positions, t columns,
+H heads, A heads of keys and values (H = A * G), d width of a head.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from blip2.model.attention import attend
+from blip2.model.columns import Columns
+from blip2.model.tier import Tier
 
-ROOM = 16  # positions that are made room for at a time
+UNSEEN = float("-inf")
 
 
 class Cache:
@@ -23,36 +26,61 @@ class Cache:
     Args:
         lengths: int64[P], how many positions of each prompt are real.
     Attributes:
-        owners: int64[B], the prompt of each row.
-        steps: positions since the prompt, the same for all rows.
+        tiers: what rows share, in the order it was read.
+        own: what each row has read since.
+        starts: int64[B], how many positions of each row stand in tiers.
     """
 
     def __init__(self, lengths: Tensor) -> None:
-        self.lengths = lengths
-        self.owners = torch.arange(len(lengths), device=lengths.device)
-        self.steps = 0
-        self._prompts: list[tuple[Tensor, Tensor]] = []  # L of float[P, A, S, d]
-        self._own: list[tuple[Tensor, Tensor]] = []  # L of float[B, A, room, d], the first t of which are written
-        self._places = self.owners, 1  # of each row among its prompt's, int64[B] into P * n, and n, the most of one
-        self._masks: dict[tuple[int, int | None, torch.device], tuple[Tensor, Tensor]] = {}
+        self.tiers = [Tier.empty(lengths)]
+        self.own = Columns(torch.zeros_like(lengths))
+        self.starts = lengths
+        self._masks: dict[tuple[int | None, torch.device], list[Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def positions(self) -> Tensor:
+        """Where each row's next token stands: int64[B]."""
+        return self.starts + self.own.counts
 
     def select(self, rows: Tensor) -> Cache:
-        """The rows in a new order, int64[N], some perhaps many times or not at all."""
-        owners, left = self.owners[rows], self.lengths
-        prompts = self._prompts
-        used = owners.unique()
-        if 2 * len(used) <= len(left):  # most prompts have no rows any more: the rest is worth a copy
-            prompts = [(key[used.to(key.device)], value[used.to(value.device)]) for key, value in prompts]
-            owners, left = torch.searchsorted(used, owners), left[used]
-        chosen = Cache(left)
-        chosen.owners, chosen.steps = owners, self.steps
-        chosen._prompts, chosen._places = prompts, _places(owners, len(left))
-        chosen._own = [(_moved(key, rows, self.steps), _moved(value, rows, self.steps)) for key, value in self._own]
-        return chosen
+        """The rows in a new order, int64[N], some perhaps many times or not at all; what was read here stays."""
+        return self._with([tier.select(rows) for tier in self.tiers], self.own.select(rows), self.starts[rows])
+
+    def join(self, other: Cache) -> Cache:
+        """These rows and then those of another cache, which began at another time, with prompts of other lengths.
+
+        Args:
+            other: of the same model, read in as many parts.
+        """
+        tiers = [mine.join(theirs) for mine, theirs in zip(self.tiers, other.tiers, strict=True)]
+        return self._with(tiers, self.own.join(other.own), torch.cat([self.starts, other.starts]))
+
+    def settle(self, counts: Tensor) -> Cache:
+        """What the rows have read since their tiers as a tier of its own, to go on from.
+
+        Args:
+            counts: int64[B], how many positions of each row are real; the others are never seen.
+        """
+        tier = Tier.empty(counts)
+        for key, value in self.own.layers():
+            tier.keep(key, value)
+        return self._with([*self.tiers, tier], Columns(torch.zeros_like(counts)), self.starts + counts)
+
+    def part(self, rows: Tensor, count: int) -> Cache:
+        """The first positions of some prompts of a cache of one tier, in memory of their own, a row a prompt."""
+        tier = self.tiers[0].part(rows, count)
+        return self._with([tier], Columns(torch.zeros_like(tier.lengths)), tier.lengths)
+
+    def bytes_of(self, count: int) -> int:
+        """What `part` takes for a prompt of so many positions."""
+        return sum(2 * count * key[0, :, 0].nbytes for key in self.tiers[0].keys)
 
     def keep(self, key: Tensor, value: Tensor) -> None:
         """What the next layer's queries will see of each prompt: float[P, A, S, d]."""
-        self._prompts.append((key, value))
+        self.tiers[0].keep(key, value)
 
     def read(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
@@ -66,7 +94,7 @@ class Cache:
         Returns:
             float[P, S, H * d].
         """
-        assert layer == len(self._prompts)
+        assert layer == len(self.tiers[0].keys)
         self.keep(key, value)
         length = query.shape[2]
         if window is None or length <= window:
@@ -78,7 +106,7 @@ class Cache:
     def go_on(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """Attention of new positions to the prompt of their row and to what the row has read since.
+        """Attention of new positions to the tiers of their row and to what the row has read since.
 
         Args:
             query: float[B, H, T, d].
@@ -86,115 +114,113 @@ class Cache:
         Returns:
             float[B, T, H * d].
         """
-        heads, count = key.shape[1], query.shape[2]
-        query = query.unflatten(1, (heads, -1)).flatten(2, 3) * scale  # (B, A, G * T, d)
-        prompt_key, prompt_value = self._prompts[layer]
-        own_key, own_value = self._add(layer, key, value)  # (B, A, t, d)
-        seen, own_seen = self._visible(count, window, query.device)
-        groups = query.shape[2] // count
-        scores = self._to_rows(self._to_prompts(query) @ prompt_key.mT, query.shape[2])  # (B, A, G * T, S)
-        scores = scores.masked_fill(~seen.repeat(1, groups, 1)[:, None], float("-inf"))
-        own_scores = (query @ own_key.mT).masked_fill(~own_seen.repeat(groups, 1), float("-inf"))  # (B, A, G * T, t)
-        weights = torch.cat([scores, own_scores], dim=-1).float().softmax(-1).to(query.dtype)
-        weights, own_weights = weights.split([scores.shape[-1], own_scores.shape[-1]], dim=-1)
-        out = self._to_rows(self._to_prompts(weights) @ prompt_value, query.shape[2]) + own_weights @ own_value
-        return out.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4).flatten(2)  # (B, T, A * G * d)
+        rows, heads, count, width = key.shape
+        groups = query.shape[1] // heads
+        query = query.reshape(rows, heads, groups * count, width)
+        own_key, own_value = self._add(layer, key, value)  # (B * A, t, d)
+        *masks, own_mask = self._visible(count, groups, heads, window, key)
+        scores = [
+            tier.to_rows(
+                torch.baddbmm(mask, tier.to_prompts(query), tier.keys[layer].flatten(0, 1).mT, alpha=scale), heads
+            )
+            for tier, mask in zip(self.tiers, masks, strict=True)
+        ]  # each (B * A, G * T, S)
+        scores.append(torch.baddbmm(own_mask, query.flatten(0, 1), own_key.mT, alpha=scale))  # (B * A, G * T, t)
+        sizes = [score.shape[-1] for score in scores]
+        weights = torch.cat(scores, -1)
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        weights = weights.softmax(-1, dtype=wide).to(query.dtype).split(sizes, -1)
+        out = torch.bmm(weights[-1], own_value)
+        for tier, weight in zip(self.tiers, weights, strict=False):
+            seen = torch.bmm(tier.to_prompts(weight.unflatten(0, (rows, heads))), tier.values[layer].flatten(0, 1))
+            out = out + tier.to_rows(seen, heads)
+        out = out.view(rows, heads, groups, count, width)
+        return out.permute(0, 3, 1, 2, 4).reshape(rows, count, -1)  # (B, T, A * G * d)
 
     def cross(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention to the prompt of each row alone: float[B, H, T, d] to float[B, T, H * d] (encoder-decoders)."""
-        key, value = self._prompts[layer]
-        real = torch.arange(key.shape[2], device=key.device) < self.lengths.to(key.device)[:, None]  # (P, S)
-        seen = attend(self._to_prompts(query), key, value, real[:, None, None], scale=scale)  # (P, n * T, H * d)
-        return self._to_rows(seen[:, None], query.shape[2])[:, 0]
+        tier, heads = self.tiers[0], query.shape[1]
+        key, value = tier.keys[layer], tier.values[layer]
+        real = tier.real(key.device)[:, None, None]  # (P, 1, 1, S)
+        seen = attend(tier.to_prompts(query).unflatten(0, (-1, heads)), key, value, real, scale=scale)
+        seen = seen.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)  # (P * H, n * T, d)
+        seen = tier.to_rows(seen, heads).unflatten(0, (-1, heads))  # (B, H, T, d)
+        return seen.transpose(1, 2).flatten(2)
 
-    def own(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor) -> Tensor:
+    def self_attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor) -> Tensor:
         """Attention to what the row has read since its prompt, itself included (encoder-decoders).
 
         Args:
             query, key, value: float[B, H, T, d]; keys and values are kept.
-            bias: float[H, T, t], added to the scores; -inf where a query may not look.
+            bias: float[B or 1, H, T, t], added to the scores; -inf where a query may not look.
         Returns:
             float[B, T, H * d].
         """
-        keys, values = self._add(layer, key, value)
-        return attend(query, keys, values, bias, scale=scale)
+        heads = query.shape[1]
+        keys, values = (each.unflatten(0, (-1, heads)) for each in self._add(layer, key, value))
+        return attend(query, keys, values, bias.to(query.device), scale=scale)
+
+    def back(self, count: int) -> Tensor:
+        """How far each of so many new positions looks back to each column: int64[T, t], below 0 ahead of it."""
+        return self.own.back(count)
+
+    def unborn(self, count: int) -> Tensor | None:
+        """Columns that stand before a row's first, bool[B, t]; None where there are none."""
+        return self.own.unborn(count)
 
     def advance(self, count: int) -> None:
         """All layers have read so many new positions."""
-        self.steps += count
+        self.own.advance(count)
         self._masks.clear()
 
+    def _with(self, tiers: list[Tier], own: Columns, starts: Tensor) -> Cache:
+        new = Cache.__new__(Cache)
+        new.tiers, new.own, new.starts, new._masks = tiers, own, starts, {}
+        return new
+
     def _add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of the rows' own positions, the new ones included."""
-        end = self.steps + key.shape[2]
-        if layer == len(self._own):
-            self._own.append((_room(key, end), _room(value, end)))
-        old = self._own[layer]
+        """All keys and values of the rows' own positions, the new ones included: float[B * A, t, d]."""
         if torch.is_grad_enabled() and key.requires_grad:  # what is written in place has no gradient
-            self._own[layer] = _joined(old[0], key, self.steps), _joined(old[1], value, self.steps)
-            return self._own[layer]
-        if end > old[0].shape[2]:
-            old = self._own[layer] = _longer(old[0], end), _longer(old[1], end)
-        for room, new in zip(old, (key, value), strict=True):
-            room[:, :, self.steps : end] = new
-        return old[0][:, :, :end], old[1][:, :, :end]
+            assert not self.own.used, "rows go on from their prompts once where there is a gradient"
+            return key.flatten(0, 1), value.flatten(0, 1)
+        return self.own.add(layer, self.tiers[0].devices, key, value)
 
-    def _visible(self, count: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What new positions may see of their prompt, bool[B, T, S], and of their row, bool[T, t]."""
-        if (count, window, device) not in self._masks:
-            size = self._prompts[0][0].shape[2]
-            new = self.steps + torch.arange(count, device=device)  # (T,) counted from the end of the prompt
-            lengths = self.lengths[self.owners].to(device)[:, None, None]  # (B, 1, 1)
-            place = torch.arange(size, device=device)
-            seen = (place < lengths).expand(-1, count, -1)  # (B, T, S)
-            back = new[:, None] - torch.arange(self.steps + count, device=device)  # (T, t)
-            own = back >= 0
-            if window is not None:
-                seen = seen & (lengths + new[:, None] - place < window)
-                own = own & (back < window)
-            self._masks[count, window, device] = seen, own
-        return self._masks[count, window, device]
+    def _visible(self, count: int, groups: int, heads: int, window: int | None, like: Tensor) -> list[Tensor]:
+        """What is added to the scores, 0 where new positions see and -inf where not: of each tier, and of the columns.
 
-    def _to_prompts(self, x: Tensor) -> Tensor:
-        """float[B, A, M, X] to float[P, A, n * M, X]: the rows of one prompt beside each other, zeros where few."""
-        places, most = self._places
-        spread = x.new_zeros(len(self.lengths) * most, *x.shape[1:]).index_copy(0, places.to(x.device), x)
-        return spread.unflatten(0, (-1, most)).transpose(1, 2).flatten(2, 3)
+        Returns:
+            of a tier float[P * A, 1 or n * G * T, S], of the columns float[B * A, G * T, t].
+        """
+        if window is not None and self._span(count) <= window:
+            window = None
+        if (window, like.device) not in self._masks:
+            found: list[Tensor] = []
+            places = self.positions[:, None] + torch.arange(count, device=self.starts.device)  # (B, T)
+            before = torch.zeros_like(self.starts)  # positions of each row in earlier tiers
+            for tier in self.tiers:
+                unseen = ~tier.real(tier.lengths.device)[:, None, None]  # (P, 1, 1, S)
+                if window is not None:
+                    at = before[:, None, None] + torch.arange(unseen.shape[-1], device=before.device)  # (B, 1, S)
+                    far = (places[..., None] - at >= window).repeat(1, groups, 1)  # (B, G * T, S)
+                    unseen = unseen | tier.to_prompts(far[:, None])[:, None]
+                found.append(_mask(unseen, heads, like))
+                before = before + tier.lengths[tier.owners]
+            back = self.back(count)  # (T, t)
+            unseen = (back < 0) if window is None else (back < 0) | (back >= window)
+            unseen = unseen.repeat(groups, 1)[None, None]  # (1, 1, G * T, t)
+            unborn = self.unborn(count)
+            if unborn is not None:
+                unseen = unseen | unborn[:, None, None]
+            found.append(_mask(unseen.expand(len(self), -1, -1, -1), heads, like))
+            self._masks[window, like.device] = found
+        return self._masks[window, like.device]
 
-    def _to_rows(self, x: Tensor, width: int) -> Tensor:
-        """float[P, A, n * M, X] back to float[B, A, M, X]."""
-        places, most = self._places
-        return x.unflatten(2, (most, width)).transpose(1, 2).flatten(0, 1)[places.to(x.device)]
-
-
-def _places(owners: Tensor, prompts: int) -> tuple[Tensor, int]:
-    """A place for each row among its prompt's, int64[B] into P * n, and n, the most rows of a prompt."""
-    counts = owners.bincount(minlength=prompts)
-    order = owners.argsort(stable=True)
-    starts = counts.cumsum(0) - counts
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - starts[owners[order]]
-    most = int(counts.max()) if len(owners) else 0
-    return owners * most + rank, most
+    def _span(self, count: int) -> int:
+        """No row has more positions than this, so many new ones included."""
+        return sum(tier.size for tier in self.tiers) + self.own.span(count)
 
 
-def _room(like: Tensor, length: int) -> Tensor:
-    """Room for so many positions and some more: float[B, A, room, d]."""
-    rows, heads, _, width = like.shape
-    return like.new_empty(rows, heads, -(-length // ROOM) * ROOM, width)
-
-
-def _longer(old: Tensor, length: int) -> Tensor:
-    new = _room(old, length)
-    new[:, :, : old.shape[2]] = old
-    return new
-
-
-def _joined(old: Tensor, new: Tensor, steps: int) -> Tensor:
-    return torch.cat([old[:, :, :steps], new], dim=2)
-
-
-def _moved(old: Tensor, rows: Tensor, steps: int) -> Tensor:
-    new = old.new_empty(len(rows), *old.shape[1:])
-    new[:, :, :steps] = old[rows.to(old.device), :, :steps]
-    return new
+def _mask(unseen: Tensor, heads: int, like: Tensor) -> Tensor:
+    """bool[N, 1, M, S] to float[N * A, M, S]."""
+    mask = torch.zeros(unseen.shape, dtype=like.dtype, device=unseen.device).masked_fill(unseen, UNSEEN)
+    return mask.to(like.device).expand(-1, heads, -1, -1).reshape(-1, *unseen.shape[2:])

@@ -38,14 +38,25 @@ class Decoder(Language, ABC):
             float[B, T, D], ready for the head.
         """
 
-    def prefill(self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None) -> tuple[Tensor, Cache]:
+    goes_on = True  # `prefill` takes a past
+
+    def prefill(
+        self, prefix: Tensor, lengths: Tensor, vocabulary: Tensor | None = None, past: Cache | None = None
+    ) -> tuple[Tensor, Cache]:
         """Read the prefix once; see `protocols.LanguageModel`.
 
+        Args:
+            past: what each row has read before its prefix, as a prefill or `Cache.part` gave it; it stays as it is.
         Raises:
             PromptError: a row is empty.
         """
         check_prefix(lengths)
-        hidden, cache = self.read(prefix, lengths)
+        if past is None:
+            hidden, cache = self.read(prefix, lengths)
+        else:
+            past = past.select(torch.arange(len(past), device=lengths.device))
+            hidden = self._go_on(prefix.to(self.words.weight.dtype), past)
+            cache = past.settle(lengths)
         return self.logits(pick(hidden, lengths[:, None] - 1)[:, 0], vocabulary), cache
 
     def step(self, ids: Tensor, cache: Cache, vocabulary: Tensor | None = None) -> Tensor:
@@ -95,8 +106,9 @@ class Decoder(Language, ABC):
     def _go_on(self, x: Tensor, cache: Cache) -> Tensor:
         if not x.shape[1]:
             return x
-        start = cache.lengths[cache.owners] + cache.steps  # (B,)
-        positions = start[:, None] + torch.arange(x.shape[1], device=x.device)
+        positions = cache.positions[:, None]
+        if x.shape[1] > 1:  # padding may reach past the last position that there is
+            positions = (positions + torch.arange(x.shape[1], device=x.device)).clamp(max=self.context - 1)
         hidden = self.hidden(x, positions, cache.go_on)
         cache.advance(x.shape[1])
         return hidden

@@ -6,6 +6,8 @@ Source: Gemma Team 2025, sections 2 and 2.1.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,7 @@ class Gemma(Decoder):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings, times the root of the width as the first layer takes them: int64[...] to float[..., D]."""
-        scale = torch.tensor(self.config.width**0.5, dtype=self.words.weight.dtype)  # rounded as the weights are
-        return self.words(ids) * scale.to(ids.device)
+        return self.words(ids) * rounded(self.config.width**0.5, self.words.weight.dtype)
 
     def hidden(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         thetas = self.config.local_theta, self.config.global_theta
@@ -76,6 +77,12 @@ class Layer(nn.Module):
 def sees_all(config: GemmaConfig, number: int) -> bool:
     """Whether a layer, counted from 0, sees all positions; the others see a window."""
     return (number + 1) % config.global_every == 0
+
+
+@cache
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as a type holds it: the weights'."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
 class RMSNorm(nn.Module):

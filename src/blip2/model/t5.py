@@ -111,7 +111,9 @@ class T5(Language):
         check_prefix(lengths)
         size = prefix.shape[1]
         real = torch.arange(size, device=prefix.device) < lengths[:, None]  # (P, S)
-        bias = self.encoder_positions(size, 0)[None].masked_fill(~real[:, None, None], float("-inf"))  # (P, H, S, S)
+        place = torch.arange(size, device=prefix.device)
+        bias = self.encoder_positions(place - place[:, None])[None]  # (1, H, S, S)
+        bias = bias.masked_fill(~real[:, None, None], float("-inf"))  # (P, H, S, S)
         x = prefix.to(self.words.weight.dtype)
         for layer in self.encoder:
             x = layer(x, bias)
@@ -120,7 +122,10 @@ class T5(Language):
     def write(self, ids: Tensor, cache: Cache) -> Tensor:
         """The decoder on new tokens, int64[B, T]: float[B, T, D], what each next token is predicted from."""
         count = ids.shape[1]
-        bias = self.decoder_positions(count, cache.steps)  # (H, T, t)
+        bias = self.decoder_positions(-cache.back(count))[None]  # (1, H, T, t)
+        unborn = cache.unborn(count)
+        if unborn is not None:
+            bias = bias.masked_fill(unborn[:, None, None], float("-inf"))
         x = self.embed(ids)
         for layer in self.decoder:
             x = layer(x, bias, cache)
@@ -172,7 +177,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, cache: Cache) -> Tensor:
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(self.attention_norm(x)).chunk(3, -1))
-        x = x + self.out(cache.own(self.number, query, key, value, SCALE, bias))  # (B, T, D)
+        x = x + self.out(cache.self_attend(self.number, query, key, value, SCALE, bias))  # (B, T, D)
         query = split_heads(self.cross_query(self.cross_norm(x)), self.heads)
         return self.mlp(x + self.cross_out(cache.cross(self.number, query, SCALE)))
 
@@ -209,10 +214,9 @@ class RelativePositions(nn.Module):
         self.buckets, self.max_distance = config.buckets, config.max_distance
         self.bias = nn.Embedding(config.buckets, config.heads)
 
-    def forward(self, count: int, start: int) -> Tensor:
-        """Of queries at `start` to `start + count`, and keys from 0: float[H, T, t]; -inf ahead, unless both ways."""
-        key = torch.arange(start + count, device=self.bias.weight.device)
-        ahead = key[None, :] - key[start:, None]  # (T, t)
+    def forward(self, ahead: Tensor) -> Tensor:
+        """Of how far each key is ahead of each query, int64[T, t]: float[H, T, t]; -inf ahead, unless both ways."""
+        ahead = ahead.to(self.bias.weight.device)
         bias = self.bias(self._bucket(ahead)).permute(2, 0, 1)
         return bias if self.both_ways else bias.masked_fill(ahead > 0, float("-inf"))
 
