@@ -328,7 +328,8 @@ class Blip2:
         ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
         ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"
         asked = self._asked(features, prompts, max(map(len, ids)), counts or [1] * len(prompts))
-        scores = generate.rank(language, *asked.prefix(), ids)  # (N, C)
+        embeds, lengths, past = asked.prefix()
+        scores = generate.rank(language, embeds, lengths, ids, past)  # (N, C)
         return [Ranking(tuple(choices), tuple(row)) for row in scores.tolist()]
 
 

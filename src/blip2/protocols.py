@@ -66,7 +66,8 @@ class LanguageModel(Protocol):
     """A frozen language model, decoder-only or encoder-decoder: the difference stays behind this protocol.
 
     A prefix is right-padded; a row's result never depends on its neighbours or on padding. A model whose `goes_on` is
-    True has a fourth argument of `prefill`, `past`: a cache that each row goes on from, which stays as it is.
+    True has a last argument `past` of `prefill` and of `log_probs`: a cache that each row goes on from, itself made by
+    the `part` and `head` of such a cache, which stays as it is. A model that writes some tokens only has `vocabulary`.
     """
 
     @property

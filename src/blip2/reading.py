@@ -20,31 +20,36 @@ KEPT = 2**28  # bytes that the images of one call may leave behind: 12 images of
 
 
 class Reading:
-    """What language models have read of one image: keys and values of its positions, kept with its features.
+    """What language models have read of one image, and of the words after it: kept with its features.
 
     A model finds what it read itself, and only while the image's queries reach it as they did then.
     """
 
     def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[Any, tuple[Tensor, Any]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[Any, tuple[Tensor, list[int], Any]] = WeakKeyDictionary()
 
-    def find(self, language: LanguageModel, visual: Tensor) -> Any:
-        """The cache, one row, of a model that has read these projected queries, float[Q, D]; None of any other."""
-        seen, cache = self._kept.get(language, (None, None))
-        same = seen is not None and seen.device == visual.device and torch.equal(seen, visual)
-        return cache if same else None
+    def find(self, language: LanguageModel, visual: Tensor) -> tuple[list[int], Any]:
+        """What a model has read that begins with these projected queries, float[Q, D].
 
-    def keep(self, language: LanguageModel, visual: Tensor, cache: Any) -> None:
-        """What the model has read of the projected queries; nothing of one that is being trained, for it changes."""
+        Returns:
+            the words after them, and the cache of one row and one tier; no words and None where it has read nothing.
+        """
+        seen, words, cache = self._kept.get(language, (None, [], None))
+        if seen is None or seen.device != visual.device or not torch.equal(seen, visual):
+            return [], None
+        return words, cache
+
+    def keep(self, language: LanguageModel, visual: Tensor, words: list[int], cache: Any) -> None:
+        """What the model has read; nothing of one that is being trained, for it changes."""
         if not isinstance(language, nn.Module) or not any(each.requires_grad for each in language.parameters()):
-            self._kept[language] = visual, cache
+            self._kept[language] = visual, words, cache
 
 
 class Asked:
     """Prompts about images; satisfies `generate.Prompts`.
 
     Of a decoder-only model, an image that begins several prompts, or began one before, is read once: the prompts go on
-    from its keys and values.
+    from its keys and values, and from those of the words that they have in common with the last prompt.
 
     Args:
         project: queries of images, float[I, Q, Dq], to what the language model reads, float[I, Q, D].
@@ -67,7 +72,8 @@ class Asked:
         counts: Sequence[int],
         device: torch.device,
     ) -> None:
-        self.device, self._language, self._ids, self._bos, self._layout = device, language, ids, bos, layout
+        self.device, self._language, self._ids, self._bos = device, language, ids, bos
+        self._layout: Literal["before_bos", "after_bos"] = layout
         order = {id(reading): number for number, reading in reversed(list(enumerate(readings)))}
         first = sorted(order.values())  # of each image, where it comes first
         place = {number: at for at, number in enumerate(first)}
@@ -77,80 +83,125 @@ class Asked:
         self._images = [[next(images) for _ in range(count)] for count in counts]
         self._width = queries.shape[1]
         self.lengths = [prefix.length(row, count, self._width, bos) for row, count in zip(ids, counts, strict=True)]
-        self._apart = self._goes_apart()
+        self._fresh: dict[int, tuple[list[int], Any]] = {}  # images that were read for the prompts at hand
+        self._apart = self._pays()
 
-    def read(self, which: list[int]) -> tuple[Tensor, Any]:
+    def read(self, which: list[int], vocabulary: Tensor | None = None) -> tuple[Tensor, Any]:
         """See `generate.Prompts`. Equal prompts about the same images are read once."""
         first: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         owners = [
             first.setdefault((tuple(self._images[number]), tuple(self._ids[number])), len(first)) for number in which
         ]
         different = [which[owners.index(owner)] for owner in range(len(first))]
-        logits, cache = self._go_on(different) if self._apart else self._together(different)
+        if self._apart:
+            *tails, past = self._tails(different)
+            logits, cache = self._language.prefill(*tails, vocabulary, past)  # pyright: ignore[reportCallIssue]
+        else:
+            asked = () if vocabulary is None else (vocabulary,)
+            logits, cache = self._language.prefill(*self._built(different), *asked)
+        if self._begins:
+            self._keep(different, cache)
         if len(different) == len(which):
             return logits, cache
         rows = torch.tensor(owners, device=self.device)
         return logits[rows], cache.select(rows)
 
-    def prefix(self) -> tuple[Tensor, Tensor]:
-        """All prompts with their images: embeddings float[N, S, D], right-padded, and int64[N] lengths."""
-        return self._built(list(range(len(self._ids))))
+    def prefix(self) -> tuple[Tensor, Tensor, Any]:
+        """All prompts at once: embeddings float[N, S, D], right-padded, int64[N] lengths, and what they go on from.
 
-    def _goes_apart(self) -> bool:
-        """Whether images are read before the prompts: each begins its prompt alone, and that pays."""
-        if not self._can_go_apart():
-            return False
-        shared = len(self._images) > len(self._readings)
-        tails = all(self._ids) or (self._layout == "before_bos" and self._bos is not None)
-        return tails and (shared or any(self._known(image) is not None for image in range(len(self._readings))))
+        That is a cache where one image begins them all, which it then holds, and None elsewhere.
+        """
+        every = list(range(len(self._ids)))
+        if self._begins and len(self._readings) == 1 and all(map(self._words, every)):
+            return self._tails(every)
+        return *self._built(every), None
 
-    def _can_go_apart(self) -> bool:
+    @property
+    def _begins(self) -> bool:
+        """Whether each prompt is about one image, which stands before its words, and the model can go on from it."""
         alone = all(len(images) == 1 for images in self._images) and not any(prefix.SLOT in row for row in self._ids)
         return alone and getattr(self._language, "goes_on", False)
 
-    def _known(self, image: int) -> Any:
-        return self._readings[image].find(self._language, self._visual[image])
+    @property
+    def _head(self) -> int:
+        """Positions of an image that begins a prompt, the begin token with it where that stands before it."""
+        return self._width + (self._bos is not None and self._layout == "after_bos")
 
-    def _together(self, which: list[int]) -> tuple[Tensor, Any]:
-        """Images and words in one prefill; of a few images, what was read stays for the next prompt."""
-        logits, cache = self._language.prefill(*self._built(which))
-        if self._can_go_apart():
-            self._keep([self._images[number][0] for number in which], cache)
-        return logits, cache
+    def _pays(self) -> bool:
+        """Whether images are read before their prompts: they begin several, or were read before."""
+        if not self._begins or not all(map(self._words, range(len(self._ids)))):
+            return False
+        return len(self._images) > len(self._readings) or any(map(self._known, range(len(self._readings))))
+
+    def _words(self, number: int) -> list[int]:
+        """What a prompt has after its image."""
+        begin = [self._bos] if self._bos is not None and self._layout == "before_bos" else []
+        return [*begin, *self._ids[number]]
+
+    def _known(self, image: int) -> bool:
+        return self._readings[image].find(self._language, self._visual[image])[1] is not None
 
     def _built(self, which: list[int]) -> tuple[Tensor, Tensor]:
+        """Images and words of some prompts."""
         images = [image for number in which for image in self._images[number]]
         words, counts = [self._ids[number] for number in which], [len(self._images[number]) for number in which]
         return prefix.build(self._language, self._visual[images], words, self._bos, self._layout, counts)
 
-    def _go_on(self, which: list[int]) -> tuple[Tensor, Any]:
-        """Images where they are new, then the words after them."""
-        images = [image for number in which for image in self._images[number]]
-        order = list(dict.fromkeys(images))
-        caches = {image: self._known(image) for image in order}
-        new = [image for image, cache in caches.items() if cache is None]
-        if new:
-            bos = self._bos if self._layout == "after_bos" else None
-            heads = prefix.build(self._language, self._visual[new], [[]] * len(new), bos, self._layout)
-            cache: Any = self._language.prefill(*heads)[1]
-            self._keep(new, cache)
-            rows = torch.arange(len(new), device=self.device)
-            caches |= {image: cache.select(row) for image, row in zip(new, rows.split(1), strict=True)}
-        known = [caches[image] for image in order]
-        if len(new) == len(order) > 1:
-            known = [cache]
-        past: Any = reduce(lambda left, right: left.join(right), known)
-        past = past.select(torch.tensor([order.index(image) for image in images], device=self.device))
-        bos = self._bos if self._layout == "before_bos" else None
-        words = [self._ids[number] for number in which]
-        tails = prefix.build(self._language, self._visual[:0], words, bos, self._layout, [0] * len(which))
-        return self._language.prefill(*tails, None, past)  # pyright: ignore[reportCallIssue]
+    def _tails(self, which: list[int]) -> tuple[Tensor, Tensor, Any]:
+        """The words of some prompts that were not read yet, and the cache of what was, images where they are new."""
+        about: dict[int, list[int]] = {}
+        for number in which:
+            about.setdefault(self._images[number][0], []).append(number)
+        self._read_new([image for image in about if not self._known(image)])
+        pasts: list[Any] = []
+        left: dict[int, list[int]] = {}
+        for image, numbers in about.items():
+            known, cache = self._fresh.get(image) or self._readings[image].find(self._language, self._visual[image])
+            words = [self._words(number) for number in numbers]
+            same = min(_common(known, each) for each in words)
+            pasts.append(cache.head(self._head + same))
+            left |= {number: each[same:] for number, each in zip(numbers, words, strict=True)}
+        self._fresh = {}
+        rows = [row for row, numbers in enumerate(about.values()) for _ in numbers]
+        order = {number: row for row, number in enumerate(number for numbers in about.values() for number in numbers)}
+        past = reduce(lambda mine, other: mine.join(other), pasts)
+        past = past.select(torch.tensor([rows[order[number]] for number in which], device=self.device))
+        words = [left[number] for number in which]
+        embeds, lengths = prefix.build(self._language, self._visual[:0], words, None, "before_bos", [0] * len(which))
+        return embeds, lengths, past
 
-    def _keep(self, images: list[int], cache: Any) -> None:
-        """Leave what was read of each image with its features, where all of them together are small."""
-        count = self._width + (self._bos is not None and self._layout == "after_bos")
-        if cache.bytes_of(count) * len(self._readings) > KEPT:
+    def _read_new(self, images: list[int]) -> None:
+        """Images alone, for the prompts after them; they stay where they may."""
+        if not images:
             return
+        bos = self._bos if self._layout == "after_bos" else None
+        heads = prefix.build(self._language, self._visual[images], [[]] * len(images), bos, self._layout)
+        cache: Any = self._language.prefill(*heads)[1]
         for row, image in enumerate(images):
-            part = cache.part(torch.tensor([row], device=self.device), count)
-            self._readings[image].keep(self._language, self._visual[image], part)
+            self._fresh[image] = [], cache.part(row, self._head)
+            self._leave(image, *self._fresh[image])
+
+    def _keep(self, which: list[int], cache: Any) -> None:
+        """Leave what was just read with the features: all of a single prompt, for the next may begin alike."""
+        if len(which) == 1:
+            words, image = self._words(which[0]), self._images[which[0]][0]
+            count = self._head + len(words)
+            if self._small(cache, count):
+                self._leave(image, words, cache.part(0, count))
+        elif not self._apart and self._small(cache, self._head):
+            for row, number in enumerate(which):
+                self._leave(self._images[number][0], [], cache.part(row, self._head))
+
+    def _leave(self, image: int, words: list[int], cache: Any) -> None:
+        if self._small(cache, self._head + len(words)):
+            self._readings[image].keep(self._language, self._visual[image], words, cache)
+
+    def _small(self, cache: Any, count: int) -> bool:
+        """Whether so many positions of every image of this call may stay."""
+        return cache.bytes_of(count) * len(self._readings) <= KEPT
+
+
+def _common(known: list[int], words: list[int]) -> int:
+    """How many words were read before; one at least is left to read."""
+    pairs = zip(known, words[:-1], strict=False)
+    return next((number for number, (old, new) in enumerate(pairs) if old != new), min(len(known), len(words) - 1))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from blip2.adapters.narrowed import Narrowed
-from blip2.generate import generate, rank
+from blip2.generate import generate, rank, stream
 from blip2.generate.methods import Beam, Greedy, Limits, Sample
 from blip2.protocols import LanguageModel
 
 STOPS = (3, 7)
-WRITTEN = torch.tensor([1, 3, 4, 7, 11, 12, 20])
+WRITTEN = torch.tensor([1, 3, 4, 7, 9, 11, 12, 14, 18, 20])
 
 
 class Masked:
@@ -37,10 +37,12 @@ class Masked:
         return self._strike(self.language.step(ids, cache))
 
 
+@pytest.mark.parametrize("few", [0, 1024])
 @pytest.mark.parametrize("method", [Greedy(), Beam(3), Sample(seed=5), Sample(top_k=3, top_p=0.9, seed=6)])
 def test_it_writes_what_the_whole_model_would_with_the_rest_struck_out(
-    language: Any, prefix: Tensor, lengths: Tensor, method: Any
+    language: Any, prefix: Tensor, lengths: Tensor, method: Any, few: int, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("blip2.generate.words.FEW", few)
     limits = Limits(max_new_tokens=9)
     narrowed = Narrowed(language, WRITTEN)
     assert isinstance(narrowed, LanguageModel)
@@ -48,7 +50,13 @@ def test_it_writes_what_the_whole_model_would_with_the_rest_struck_out(
     found = generate(narrowed, prefix, lengths, method, limits, STOPS)
 
     expected = generate(Masked(language), prefix, lengths, method, limits, STOPS)  # type: ignore[arg-type]
-    assert [[text.ids for text in row] for row in found] == [[text.ids for text in row] for row in expected]
+    assert [[(text.ids, text.end) for text in row] for row in found] == [
+        [(text.ids, text.end) for text in row] for row in expected
+    ]
+    if not isinstance(method, Beam):
+        assert list(stream(narrowed, prefix, lengths, method, limits, STOPS)) == list(
+            stream(Masked(language), prefix, lengths, method, limits, STOPS)  # type: ignore[arg-type]
+        )
     assert all(set(text.ids) <= set(WRITTEN.tolist()) for row in found for text in row)
 
 

@@ -186,11 +186,13 @@ def test_what_cannot_be_placed_is_named(folder: Path, options: dict[str, Any], m
 
 
 class _Indexing(TorchFunctionMode):
-    """`x[...]` and `~x` in functions that ask no device; torch's own do, and there may be none."""
+    """`x[...]`, `~x` and `x.copy_` in functions that ask no device; torch's own do, and there may be none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__invert__:
             return args[0].logical_not()
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_.default(*args)
         if func not in (Tensor.__getitem__, Tensor.__setitem__):
             return func(*args, **(kwargs or {}))
         x, at = args[0], 0

@@ -81,10 +81,12 @@ class Narrowed(nn.Module):
         targets: Tensor,
         vocabulary: Tensor | None = None,
         alike: tuple[Tensor, int] | None = None,
+        past: Any = None,
     ) -> Tensor:
         """As the model's; the softmax runs over what is written, unless another vocabulary is given."""
+        more = () if past is None else (past,)
         return self.language.log_probs(
-            prefix, lengths, targets, self.vocabulary if vocabulary is None else vocabulary, alike
+            prefix, lengths, targets, self.vocabulary if vocabulary is None else vocabulary, alike, *more
         )
 
     def _spread(self, logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blip2.generate.capture import stepper
 from blip2.generate.schedule import Search
+from blip2.generate.words import Words
 from blip2.protocols import Cache, LanguageModel
 
 
@@ -27,8 +28,8 @@ class Prompts(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def read(self, which: list[int]) -> tuple[Tensor, Any]:
-        """Some prompts, by number: float[N, V], logits of the first new token, and the `Cache` to go on from."""
+    def read(self, which: list[int], vocabulary: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Some prompts, by number: what `LanguageModel.prefill` gives of them."""
         ...
 
 
@@ -49,12 +50,13 @@ class Prefixes:
         """Of the prefixes."""
         return self._prefix.device
 
-    def read(self, which: list[int]) -> tuple[Tensor, Cache]:
+    def read(self, which: list[int], vocabulary: Tensor | None = None) -> tuple[Tensor, Cache]:
         """See `Prompts`."""
+        asked = () if vocabulary is None else (vocabulary,)
         if len(which) == len(self.lengths):
-            return self._language.prefill(self._prefix, self._lengths)
+            return self._language.prefill(self._prefix, self._lengths, *asked)
         longest = max(self.lengths[number] for number in which)
-        return self._language.prefill(self._prefix[which, :longest], self._lengths[which])
+        return self._language.prefill(self._prefix[which, :longest], self._lengths[which], *asked)
 
 
 class Batch:
@@ -64,8 +66,8 @@ class Batch:
         rows: how many there are at present.
     """
 
-    def __init__(self, language: LanguageModel) -> None:
-        self._language = language
+    def __init__(self, language: LanguageModel, words: Words) -> None:
+        self._language, self._words = language, words
         self._groups: list[tuple[list[int], Search, int]] = []  # prompts, their search, its rows
         self._finished: list[tuple[list[int], Search]] = []
         self._cache: Any = None
@@ -91,7 +93,8 @@ class Batch:
 
     def step(self) -> None:
         """Every row reads its token, and every group chooses the next."""
-        logits = stepper(self._language, self._cache)(self._ids, self._cache)
+        step = stepper(self._language, self._cache)
+        logits = step(self._words.ids(self._ids), self._cache, *self._words.asked)
         rows: list[Tensor] = []
         ids: list[Tensor] = []
         groups, start = self._groups, 0

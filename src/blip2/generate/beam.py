@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip2.errors import ConfigError
 from blip2.generate.methods import Beam, BeamSample, Limits, Tokens, tokens
-from blip2.generate.sample import FORBIDDEN, apply_limits, draw_without_replacement, narrow, noise
+from blip2.generate.sample import FORBIDDEN, apply_limits, draw_without_replacement, narrow, noise, to_host
 
 
 def candidate_count(width: int, stop_ids: tuple[int, ...]) -> int:
@@ -39,6 +39,7 @@ class BeamSearch:
         self, method: Beam, limits: Limits, stop_ids: tuple[int, ...], seeds: Sequence[int], said: Tensor
     ) -> None:
         self._method, self._limits, self._stop_ids, self._said = method, limits, stop_ids, said
+        self._penalty = method.length_penalty
         self._live = list(range(len(seeds)))  # which prefix each open one is
         self._noise = [noise(seed) for seed in seeds]
         self._finished: list[list[Tokens]] = [[] for _ in seeds]
@@ -52,27 +53,39 @@ class BeamSearch:
             self._totals = logits.new_zeros(len(logits), 1)
             self._log_probs = logits.new_zeros(len(logits), 1, 0)
             self._ids = self._log_probs.long()
-        totals, parents, ids, log_probs = self._continue(logits, self._ids)
-        length = ids.shape[-1]
-        ended = torch.isin(ids[..., -1], ids.new_tensor(self._stop_ids)) | (length == self._limits.max_new_tokens)
-        self._collect(totals, ids, log_probs, ended)
+        totals, parents, chosen, gained = self._continue(logits, self._ids)  # each (R, C)
+        length, width = self._ids.shape[-1] + 1, self._method.width
+        ended = torch.isin(chosen, chosen.new_tensor(self._stop_ids)) | (length == self._limits.max_new_tokens)
+        open_, best = totals.masked_fill(ended, FORBIDDEN).topk(width)  # (R, W)
 
-        open_, best = totals.masked_fill(ended, FORBIDDEN).topk(self._method.width)  # (R, W)
-        going = [place for place, total in enumerate(open_[:, 0].tolist()) if self._goes_on(place, total, length)]
-        rows = torch.arange(len(parents), device=ids.device)[:, None] * self._totals.shape[1] + parents.gather(1, best)
-        kept = torch.tensor(going, dtype=torch.long, device=ids.device)
-        self._live = [self._live[place] for place in going]
-        self._totals = open_[kept]
-        self._ids = _pick(ids, best)[kept]
-        self._log_probs = _pick(log_probs, best)[kept]
-        return rows[kept].flatten(), self._ids[..., -1].flatten()
+        def longer(texts: Tensor, which: Tensor, last: Tensor) -> Tensor:
+            """[R, W, L] of the candidates' parents, and their last one: [R, W, L + 1]."""
+            return torch.cat([_pick(texts, parents.gather(1, which)), last.gather(1, which)[..., None]], -1)
+
+        first = torch.arange(width, device=best.device).expand_as(best)  # only these may finish
+        finishing = (ended & (totals > FORBIDDEN)).gather(1, first)
+        ids, log_probs = longer(self._ids, first, chosen), longer(self._log_probs, first, gained)
+        *texts, leading = to_host(finishing, ids, log_probs, open_[:, 0])
+        self._collect(*texts)
+        going = [place for place, total in enumerate(leading) if self._goes_on(place, total, length)]
+
+        rows = torch.arange(len(parents), device=best.device)[:, None] * self._totals.shape[1] + parents.gather(1, best)
+        self._totals = open_
+        self._ids, self._log_probs = longer(self._ids, best, chosen), longer(self._log_probs, best, gained)
+        if len(going) < len(self._live):
+            kept = torch.tensor(going, dtype=torch.long, device=best.device)
+            self._live = [self._live[place] for place in going]
+            self._totals, self._ids, self._log_probs, rows = (
+                each[kept] for each in (self._totals, self._ids, self._log_probs, rows)
+            )
+        return rows.flatten(), self._ids[..., -1].flatten()
 
     def results(self) -> list[list[Tokens]]:
         """See `schedule.Search`; the best first."""
         return [finished[: self._limits.captions] for finished in self._finished]
 
     def _continue(self, logits: Tensor, history: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The candidates: totals and parents (R, C), ids and log_probs (R, C, L + 1)."""
+        """The candidates, each (R, C): their totals, parents, tokens, and what each token added."""
         steps = logits.log_softmax(-1)
         said = self._said[self._live].repeat_interleave(history.shape[1], 0)  # (R * W, H)
         steps = apply_limits(steps, history.flatten(0, 1), self._limits, self._stop_ids, said)
@@ -88,17 +101,16 @@ class BeamSearch:
         else:
             totals, index = every.topk(count)
         parents, chosen = index // logits.shape[-1], index % logits.shape[-1]
-        gained = steps.flatten(1).gather(1, index)
-        ids = torch.cat([_pick(history, parents), chosen[..., None]], -1)
-        return totals, parents, ids, torch.cat([_pick(self._log_probs, parents), gained[..., None]], -1)
+        return totals, parents, chosen, steps.flatten(1).gather(1, index)
 
-    def _collect(self, totals: Tensor, ids: Tensor, log_probs: Tensor, ended: Tensor) -> None:
-        """Keep the best `width` finished texts a prefix; only the first `width` candidates may finish."""
-        finishing = ended & (totals > FORBIDDEN)
-        for place, candidate in finishing[:, : self._method.width].nonzero().tolist():
-            finished = self._finished[self._live[place]]
-            text, scores = ids[place, candidate].tolist(), log_probs[place, candidate].tolist()
-            finished.append(tokens(text, scores, self._stop_ids, self._method.length_penalty))
+    def _collect(self, finishing: list[float], ids: list[float], log_probs: list[float]) -> None:
+        """Keep the best `width` finished texts a prefix: [R, W], [R, W, L] and [R, W, L], flat."""
+        width, length = self._method.width, len(ids) // max(1, len(finishing))
+        for number, ends in enumerate(finishing):
+            if ends:
+                text = slice(number * length, (number + 1) * length)
+                found = tokens([int(token) for token in ids[text]], log_probs[text], self._stop_ids, self._penalty)
+                self._finished[self._live[number // width]].append(found)
         for prefix in self._live:
             self._finished[prefix].sort(key=lambda text: -text.score)
             del self._finished[prefix][self._method.width :]

@@ -32,24 +32,27 @@ class Captured:
             function itself will do too, and is what tests on a CPU give.
     """
 
-    def __init__(self, language: LanguageModel, capture: Callable[[Callable[[], Tensor]], Replay] | None = None) -> None:
+    def __init__(
+        self, language: LanguageModel, capture: Callable[[Callable[[], Tensor]], Replay] | None = None
+    ) -> None:
         self._language, self._capture = language, graph if capture is None else capture
-        self._kept: OrderedDict[Shape, tuple[Fixed, Replay]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Shape, int | None], tuple[Fixed, Replay]] = OrderedDict()
 
-    def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """See `protocols.LanguageModel`: int64[B] to float[B, V]."""
+    def step(self, ids: Tensor, cache: Cache, vocabulary: Tensor | None = None) -> Tensor:
+        """See `protocols.LanguageModel`: int64[B] to float[B, V or K]."""
         shape = shape_of(cache)
         if shape is None:
-            return self._language.step(ids, cache)
-        if shape not in self._kept:
+            return self._language.step(ids, cache, vocabulary)
+        key = shape, None if vocabulary is None else vocabulary.data_ptr()
+        if key not in self._kept:
             with torch.inference_mode(False):  # they are written in place, later too
                 fixed = Fixed(shape, cache)
             fixed.load(ids, cache)
-            self._kept[shape] = fixed, self._capture(partial(self._language.step, fixed.ids, fixed))
+            self._kept[key] = fixed, self._capture(partial(self._language.step, fixed.ids, fixed, vocabulary))
             while len(self._kept) > 1 and sum(each.nbytes for each, _ in self._kept.values()) > KEPT:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(shape)
-        fixed, replay = self._kept[shape]
+        self._kept.move_to_end(key)
+        fixed, replay = self._kept[key]
         fixed.load(ids, cache)
         return fixed.unload(replay(), cache)
 
@@ -73,7 +76,7 @@ def graph(step: Callable[[], Tensor]) -> Replay:
     return replay
 
 
-def stepper(language: LanguageModel, cache: Any) -> Callable[[Tensor, Any], Tensor]:
+def stepper(language: LanguageModel, cache: Any) -> Callable[..., Tensor]:
     """How to step: through graphs on a CUDA device where the cache is one of ours, plainly elsewhere."""
     if isinstance(cache, Cache) and cache.starts.is_cuda:
         kept: Captured | None = getattr(language, "_captured", None)

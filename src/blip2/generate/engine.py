@@ -16,6 +16,7 @@ from blip2.generate.batch import Batch, Prefixes, Prompts
 from blip2.generate.beam import BeamSearch
 from blip2.generate.methods import Beam, Limits, Method, Sample, Tokens, check
 from blip2.generate.schedule import Independent, Search
+from blip2.generate.words import Words
 from blip2.protocols import LanguageModel
 
 WORTH = 4  # waiting prompts begin when this part of the capacity is free: a prefill of one costs almost that of several
@@ -66,17 +67,19 @@ def answer(
     check_context(language, prompts.lengths, limits)
     count = len(prompts.lengths)
     seeds, before = row_seeds(method, seed, count), already_said(language, count, prompts.device, said)
+    words = Words(language, before)
+    stops = words.places(stop_ids)
 
     def begin(which: list[int]) -> Search:
         kind = BeamSearch if isinstance(method, Beam) else Independent
-        return kind(method, limits, stop_ids, [seeds[each] for each in which], before[which])  # pyright: ignore[reportArgumentType]
+        return kind(method, limits, stops, [seeds[each] for each in which], before[which])  # pyright: ignore[reportArgumentType]
 
     each = method.width if isinstance(method, Beam) else limits.captions
     found: list[list[Tokens]] = [[] for _ in range(count)]
-    for finished in run(language, prompts, begin, each, capacity):
+    for finished in run(language, prompts, words, begin, each, capacity):
         for which, search in finished:
             for number, texts in zip(which, search.results(), strict=True):
-                found[number] = texts
+                found[number] = [words.tokens(text) for text in texts]
     return found
 
 
@@ -84,6 +87,7 @@ def answer(
 def run(
     language: LanguageModel,
     prompts: Prompts,
+    words: Words,
     begin: Callable[[list[int]], Search],
     each: int,
     capacity: int | None = None,
@@ -91,6 +95,7 @@ def run(
     """The loop; after each step, the groups that it finished.
 
     Args:
+        words: what searches choose from.
         begin: a search for some prompts, by number.
         each: rows that a prompt becomes.
         capacity: prompts that are written at a time.
@@ -100,12 +105,12 @@ def run(
     waiting = list(range(count))
     if capacity < count:  # long prompts together: less padding
         waiting.sort(key=lambda number: -prompts.lengths[number])
-    batch = Batch(language)
+    batch = Batch(language, words)
     while waiting or batch.rows:
         free = capacity - -(-batch.rows // each)
         if waiting and batch.open and free >= min(len(waiting), -(-capacity // (WORTH if batch.rows else 1))):
             which, waiting = waiting[:free], waiting[free:]
-            batch.join(which, begin(which), *prompts.read(which))
+            batch.join(which, begin(which), *prompts.read(which, *words.asked))
         else:
             batch.step()
         yield batch.finished()

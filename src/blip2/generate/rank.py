@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ def rank(
     prefix: Tensor,
     lengths: Tensor,
     choices: Sequence[Sequence[int]],
+    past: Any = None,
     *,
     per_token: bool = False,
     batch: int = 64,
@@ -27,6 +29,7 @@ def rank(
     Args:
         prefix: float[B, S, D], right-padded.
         lengths: int64[B].
+        past: a cache of what each prefix goes on from, of a model that `goes_on`.
         choices: C token sequences; end each with a stop token to score the whole answer and not its beginning.
         per_token: the mean over a choice's tokens, which does not favour short ones, instead of the sum.
         batch: how many pairs of prefix and choice the model reads at a time.
@@ -45,10 +48,11 @@ def rank(
     which = torch.arange(len(choices), device=device).repeat(len(prefix))
     vocabulary = _with_choices(language, targets)
     common = int(lengths.min())  # a row's choices share all of its prefix, but all rows are cut at one place
-    found = [
-        language.log_probs(prefix[some_rows], lengths[some_rows], targets[some], vocabulary, (some_rows, common)).sum(1)
-        for some_rows, some in zip(rows.split(batch), which.split(batch), strict=True)
-    ]
+    found: list[Tensor] = []
+    for some_rows, some in zip(rows.split(batch), which.split(batch), strict=True):
+        more = () if past is None else (past.select(some_rows),)
+        arguments = prefix[some_rows], lengths[some_rows], targets[some], vocabulary, (some_rows, common), *more
+        found.append(language.log_probs(*arguments).sum(1))
     scores = torch.cat(found).view(len(prefix), len(choices))
     return scores / (targets != PADDING).sum(1) if per_token else scores
 

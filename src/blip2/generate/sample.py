@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
 
     The noise is an argument, so that a row's token depends on nothing but its own distribution and seed.
     """
-    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64  # mps has no float64
+    exact = _exact(probabilities.device)
     cumulative = probabilities.to(exact).cumsum(-1)
     points = torch.tensor(uniforms, dtype=exact, device=cumulative.device)[:, None] * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, points, right=True)[:, 0]
@@ -126,6 +127,17 @@ def draw_without_replacement(scores: Tensor, count: int, noise: Sequence[random.
         values.append(value)
         indices.append(index)
     return torch.cat(values, 1), torch.cat(indices, 1)
+
+
+def to_host(*tensors: Tensor) -> list[list[float]]:
+    """The values of some tensors on one device, flat, in one transfer; a token is exact as a number of any type."""
+    flat = torch.cat([each.flatten().to(_exact(each.device)) for each in tensors]).tolist()
+    values = iter(flat)
+    return [list(islice(values, each.numel())) for each in tensors]
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
 def noise(seed: int, caption: int = 0) -> random.Random:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip2.generate.methods import Greedy, Limits, Sample, Tokens, tokens
-from blip2.generate.sample import apply_limits, draw, narrow, noise
+from blip2.generate.sample import apply_limits, draw, narrow, noise, to_host
 
 
 class Search(Protocol):
@@ -59,11 +59,14 @@ class Independent:
             rows = rows.repeat_interleave(self._limits.captions)
             self._history = rows.new_empty(len(rows), 0)
         ids, log_probs = self._choose(logits[rows], self._history)
-        open_ = self._append(ids.tolist(), log_probs.tolist())
-        self._live = [self._live[place] for place in open_]
-        kept = torch.tensor(open_, dtype=torch.long, device=device)
-        self._history = torch.cat([self._history, ids[:, None]], 1)[kept]
-        return rows[kept], ids[kept]
+        words, gained = to_host(ids, log_probs)
+        open_ = self._append([int(word) for word in words], gained)
+        self._history = torch.cat([self._history, ids[:, None]], 1)
+        if len(open_) < len(self._live):
+            self._live = [self._live[place] for place in open_]
+            kept = torch.tensor(open_, dtype=torch.long, device=device)
+            self._history, rows, ids = self._history[kept], rows[kept], ids[kept]
+        return rows, ids
 
     def results(self) -> list[list[Tokens]]:
         """See `Search`."""

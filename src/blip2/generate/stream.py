@@ -11,6 +11,7 @@ from blip2.generate.batch import Prefixes, Prompts
 from blip2.generate.engine import already_said, check_context, row_seeds, run
 from blip2.generate.methods import Beam, Limits, Method
 from blip2.generate.schedule import Independent
+from blip2.generate.words import Words
 from blip2.protocols import LanguageModel
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no whole character yet
@@ -50,9 +51,10 @@ def follow(
     check_context(language, prompts.lengths, limits)
     count = len(prompts.lengths)
     before = already_said(language, count, prompts.device)
-    search = Independent(method, limits, stop_ids, row_seeds(method, seed, count), before)
-    steps = run(language, prompts, lambda _: search, 1)
-    return (search.latest for _ in steps if search.latest != [None] * count)
+    words = Words(language, before)
+    search = Independent(method, limits, words.places(stop_ids), row_seeds(method, seed, count), before)
+    steps = run(language, prompts, words, lambda _: search, 1)
+    return ([words.token(each) for each in search.latest] for _ in steps if search.latest != [None] * count)
 
 
 def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:

@@ -69,13 +69,32 @@ class Cache:
             tier.keep(key, value)
         return self._with([*self.tiers, tier], Columns(torch.zeros_like(counts)), self.starts + counts)
 
-    def part(self, rows: Tensor, count: int) -> Cache:
-        """The first positions of some prompts of a cache of one tier, in memory of their own, a row a prompt."""
-        tier = self.tiers[0].part(rows, count)
-        return self._with([tier], Columns(torch.zeros_like(tier.lengths)), tier.lengths)
+    def part(self, row: int, count: int) -> Cache:
+        """The first positions of a row that has so many in its tiers: one row of one tier, in memory of its own."""
+        new = Cache(self.starts.new_full((1,), count))
+        owners = [int(tier.owners[row]) for tier in self.tiers]
+        lengths = [int(tier.lengths[owner]) for tier, owner in zip(self.tiers, owners, strict=True)]
+
+        def joined(layers: list[Tensor]) -> Tensor:
+            parts = [each[owner, :, :end] for each, owner, end in zip(layers, owners, lengths, strict=True)]
+            return torch.cat(parts, dim=1)[None, :, :count].clone()  # (1, A, count, d)
+
+        for layer in range(len(self.tiers[0].keys)):
+            new.keep(*(joined([tier.both[side][layer] for tier in self.tiers]) for side in (0, 1)))
+        new.tiers[0].full = True
+        return new
+
+    def head(self, count: int) -> Cache:
+        """The first positions of what `part` gave, in the same memory."""
+        tier = self.tiers[0]
+        new = Cache(self.starts.new_full((1,), count))
+        for key, value in zip(*tier.both, strict=True):
+            new.keep(key[:, :, :count], value[:, :, :count])
+        new.tiers[0].full = True
+        return new
 
     def bytes_of(self, count: int) -> int:
-        """What `part` takes for a prompt of so many positions."""
+        """What `part` takes for so many positions."""
         return sum(2 * count * key[0, :, 0].nbytes for key in self.tiers[0].keys)
 
     def keep(self, key: Tensor, value: Tensor) -> None:

@@ -132,7 +132,8 @@ class Columns:
         write = {at: each.narrow(4, self.used, like.shape[2]).unbind(0) for at, each in self._buffers.items()}
         read = {at: each.narrow(4, 0, end).flatten(2, 3).unbind(0) for at, each in self._buffers.items()}
         for at, number in self._numbers():
-            self._views.append((*write[at][number].unbind(0), *read[at][number].unbind(0)))
+            new, all_ = write[at][number], read[at][number]
+            self._views.append((new[0], new[1], all_[0], all_[1]))
 
     def _make_room(self, devices: list[torch.device], like: Tensor, end: int) -> None:
         """Buffers of so many columns at least, on all layers' devices, for keys like these: float[B, A, T, d]."""

@@ -70,9 +70,12 @@ class Decoder(Language, ABC):
         targets: Tensor,
         vocabulary: Tensor | None = None,
         alike: tuple[Tensor, int] | None = None,
+        past: Cache | None = None,
     ) -> Tensor:
         """Log-probability of each target, with gradient to `prefix`; see `protocols.LanguageModel`.
 
+        Args:
+            past: as of `prefill`, where `alike` is given; rows of one owner have the same.
         Raises:
             PromptError: a row of the prefix is empty.
             ConfigError: a target is not in the vocabulary.
@@ -87,7 +90,13 @@ class Decoder(Language, ABC):
         else:
             owners, common = alike
             first, which = first_of_each(owners)
-            shared, cache = self.read(rows[first, :common], torch.full_like(first, common))
+            counts = torch.full_like(first, common)
+            if past is None:
+                shared, cache = self.read(rows[first, :common], counts)
+            else:
+                before = past.select(first)
+                shared = self._go_on(rows[first, :common], before)
+                cache = before.settle(counts)
             rest = by_length(
                 ends - common,
                 lambda some, length: self._go_on(rows[some, common : common + length], cache.select(which[some])),

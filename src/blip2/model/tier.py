@@ -44,6 +44,11 @@ class Tier:
         return self.keys[0].shape[2]
 
     @property
+    def both(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys, and values."""
+        return self.keys, self.values
+
+    @property
     def slots(self) -> Tensor:
         """The place of each row where every prompt has as many as the one with the most: int64[B] into P * n."""
         return torch.arange(len(self.owners), device=self.owners.device) if self._places is None else self._places
@@ -88,18 +93,6 @@ class Tier:
         lengths = torch.cat([self.lengths, other.lengths])
         new = Tier(lengths, owners, both(self.keys, other.keys), both(self.values, other.values))
         new.full = self.full and other.full and self.size == other.size
-        return new
-
-    def part(self, prompts: Tensor, count: int) -> Tier:
-        """The first positions of some prompts in memory of their own, a row a prompt.
-
-        Args:
-            prompts: int64[N]; each of them is at least so long.
-        """
-        new = Tier.empty(torch.full_like(prompts, count))
-        new.full = True
-        for key, value in zip(self.keys, self.values, strict=True):
-            new.keep(*_some([key[:, :, :count], value[:, :, :count]], prompts))
         return new
 
     def _of(self, lengths: Tensor, owners: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tier:
