@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -125,6 +126,14 @@ def test_chosen_images_keep_their_readings(model: Blip2):
     assert features[-1].readings == (second,)
 
 
+def test_a_copy_of_features_has_read_nothing(model: Blip2, read: list[tuple[int, int]]):
+    features = model.encode(picture(0))
+    first = model.ask(features, QUESTIONS[:1])
+    copied = pickle.loads(pickle.dumps(features))
+    assert model.ask(copied, QUESTIONS[:1]) == first
+    assert read[0] == read[1]
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_nothing_stays_of_many_images_or_of_a_model_that_learns(
     model: Blip2, read: list[tuple[int, int]], frozen: bool, monkeypatch: pytest.MonkeyPatch
@@ -149,3 +158,16 @@ def test_a_chat_s_turns_and_a_stream_go_on_from_one_reading(model: Blip2, read: 
     assert fresh.say("is the cat red ?", max_new_tokens=3) == answers[1]
     streamed = "".join(model.ask(features, "how many dogs ?", stream=True))
     assert streamed.strip() == model.ask(model.encode(picture(0)), ["how many dogs ?"], num_beams=1)[0]
+
+
+def test_choices_are_ranked_from_one_reading(model: Blip2, read: list[tuple[int, int]]):
+    features, choices = model.encode(picture(0)), ["yes", "no", "a red cat"]
+    first = model.ask(features, QUESTIONS, choices=choices, details=True)
+    again = model.ask(features, QUESTIONS, choices=choices, details=True)
+    alone = QFORMER.queries + (model.config.prompts.visual == "after_bos")
+    assert [rows for rows, count in read if count == alone] == [1]
+    for question, ranked, same in zip(QUESTIONS, first, again, strict=True):
+        twice = (each.repeat(2, 1, 1) for each in (features.patches, features.queries, features.vectors))
+        expected = model.ask(ImageFeatures(*twice), [question] * 2, choices=choices, details=True)[0]  # read together
+        assert ranked.log_probs == pytest.approx(expected.log_probs, abs=1e-4)  # float32 sums in another order
+        assert same.log_probs == pytest.approx(expected.log_probs, abs=1e-4)

@@ -28,6 +28,9 @@ class Reading:
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[Any, tuple[Tensor, list[int], Any]] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[Reading], tuple[()]]:
+        return Reading, ()  # a copy, in another process perhaps, has read nothing
+
     def find(self, language: LanguageModel, visual: Tensor) -> tuple[list[int], Any]:
         """What a model has read that begins with these projected queries, float[Q, D].
 
@@ -84,6 +87,8 @@ class Asked:
         self._width = queries.shape[1]
         self.lengths = [prefix.length(row, count, self._width, bos) for row, count in zip(ids, counts, strict=True)]
         self._fresh: dict[int, tuple[list[int], Any]] = {}  # images that were read for the prompts at hand
+        alone = all(count == 1 for count in counts) and not any(prefix.SLOT in row for row in ids)
+        self._begins = alone and getattr(language, "goes_on", False)  # each prompt has one image, which begins it
         self._apart = self._pays()
 
     def read(self, which: list[int], vocabulary: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -115,12 +120,6 @@ class Asked:
         if self._begins and len(self._readings) == 1 and all(map(self._words, every)):
             return self._tails(every)
         return *self._built(every), None
-
-    @property
-    def _begins(self) -> bool:
-        """Whether each prompt is about one image, which stands before its words, and the model can go on from it."""
-        alone = all(len(images) == 1 for images in self._images) and not any(prefix.SLOT in row for row in self._ids)
-        return alone and getattr(self._language, "goes_on", False)
 
     @property
     def _head(self) -> int:

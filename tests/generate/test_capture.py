@@ -116,3 +116,17 @@ def test_buffers_that_are_too_many_leave(model: Any, monkeypatch: pytest.MonkeyP
         assert isinstance(cache, Cache)
         captured.step(torch.zeros(rows, dtype=torch.long), cache)
         assert [shape.prompts for shape, _ in captured._kept] == [rows]
+
+
+@torch.no_grad()
+def test_a_model_that_no_graph_can_hold_is_stepped_plainly_and_says_so(model: Any):
+    def refuse(_: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    prefix, lengths, ids = torch.randn(2, 3, WIDTH).double(), torch.tensor([3, 2]), torch.tensor([1, 2])
+    captured = Captured(model, refuse)
+    cache, other = (model.prefill(prefix, lengths)[1] for _ in range(2))
+    with pytest.warns(UserWarning, match="no CUDA graph of this language model, its steps are slower: operation not"):
+        found = captured.step(ids, cache)
+    torch.testing.assert_close(found, model.step(ids, other))
+    torch.testing.assert_close(captured.step(ids, cache), model.step(ids, other))

@@ -163,6 +163,63 @@ def test_log_probs_and_gradients_equal_transformers(
     torch.testing.assert_close(results[1], results[0], **CLOSE)
 
 
+@pytest.mark.parametrize("pair", [_opt, _gemma], ids=["opt", "gemma"], indirect=True)
+@torch.no_grad()
+def test_going_on_from_what_was_read_equals_reading_it_all(pair: tuple[TransformersLM, Decoder]):
+    _, ours = pair
+    images, tails = prefixes(2, 4, 1), prefixes(4, 5, 2)
+    owners, lengths = torch.tensor([0, 0, 1, 0]), torch.tensor([3, 5, 1, 2])
+    whole = torch.cat([images[owners], tails], dim=1)
+    _, read = ours.prefill(images, torch.tensor([4, 4]))
+    past = read.part(0, 4).join(read.part(1, 4)).select(owners)
+    expected, cache = ours.prefill(whole, lengths + 4)
+    for _ in range(2):  # what was gone on from stays as it is
+        found, other = ours.prefill(tails, lengths, None, past)
+        torch.testing.assert_close(found, expected, **CLOSE)
+    rows = torch.tensor([3, 0, 0, 1])
+    cache, other = cache.select(rows), other.select(rows)
+    for token in range(3):
+        ids = torch.arange(4) + token
+        torch.testing.assert_close(ours.step(ids, other), ours.step(ids, cache), **CLOSE)
+
+    targets = torch.tensor([[8, 3, 1], [5, 1, -100], [7, 9, 4], [1, -100, -100]])
+    alike = torch.arange(4), 1
+    expected = ours.log_probs(whole, lengths + 4, targets, None, (alike[0], 5))
+    torch.testing.assert_close(ours.log_probs(tails, lengths, targets, None, alike, past), expected, **CLOSE)
+    one = other.part(1, 6).head(5)  # tiers become one, and are cut
+    again, _ = ours.prefill(tails[:1, 1:3], torch.tensor([2]), None, one)
+    torch.testing.assert_close(again, ours.prefill(whole[:1], torch.tensor([7]))[0], **CLOSE)
+
+
+@settings(deadline=None, max_examples=15)
+@given(began=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6)), min_size=2, max_size=4), seed=st.integers(0, 9))
+@torch.no_grad()
+def test_rows_that_began_at_different_times_go_on_as_if_alone(
+    pair: tuple[TransformersLM, Model], began: list[tuple[int, int]], seed: int
+):
+    """Each pair: steps until the next rows join, positions of their prompts."""
+    _, ours = pair
+    together: Any = None
+    alone: list[Any] = []
+    token = 0
+
+    def step() -> None:
+        ids = torch.arange(2 * len(alone)) + token
+        found = ours.step(ids, together)
+        for expected, logits, some in zip(alone, found.split(2), ids.split(2), strict=True):
+            torch.testing.assert_close(logits, ours.step(some, expected), **CLOSE)
+
+    for number, (steps, length) in enumerate(began):
+        prompt = prefixes(2, length, seed + number), torch.tensor([length, max(1, length - 2)])
+        mine, other = ours.prefill(*prompt)[1], ours.prefill(*prompt)[1]
+        together = mine if together is None else together.join(mine)
+        alone.append(other)
+        for _ in range(steps):
+            token += 1
+            step()
+    step()
+
+
 @torch.no_grad()
 def test_a_part_of_the_vocabulary_has_the_same_logits(pair: tuple[TransformersLM, Model]):
     _, ours = pair

@@ -5,6 +5,7 @@ Letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -36,19 +37,26 @@ class Captured:
         self, language: LanguageModel, capture: Callable[[Callable[[], Tensor]], Replay] | None = None
     ) -> None:
         self._language, self._capture = language, graph if capture is None else capture
+        self._impossible = False
         self._kept: OrderedDict[tuple[Shape, int | None], tuple[Fixed, Replay]] = OrderedDict()
 
     def step(self, ids: Tensor, cache: Cache, vocabulary: Tensor | None = None) -> Tensor:
         """See `protocols.LanguageModel`: int64[B] to float[B, V or K]."""
         shape = shape_of(cache)
-        if shape is None:
+        if shape is None or self._impossible:
             return self._language.step(ids, cache, vocabulary)
         key = shape, None if vocabulary is None else vocabulary.data_ptr()
         if key not in self._kept:
             with torch.inference_mode(False):  # they are written in place, later too
                 fixed = Fixed(shape, cache)
             fixed.load(ids, cache)
-            self._kept[key] = fixed, self._capture(partial(self._language.step, fixed.ids, fixed, vocabulary))
+            step = partial(self._language.step, fixed.ids, fixed, vocabulary)
+            try:
+                self._kept[key] = fixed, self._capture(step)
+            except RuntimeError as error:  # a part that a graph cannot hold, such as a kernel that waits for the device
+                warnings.warn(f"no CUDA graph of this language model, its steps are slower: {error}", stacklevel=2)
+                self._impossible = True
+                return self._language.step(ids, cache, vocabulary)
             while len(self._kept) > 1 and sum(each.nbytes for each, _ in self._kept.values()) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)

@@ -77,7 +77,8 @@ class Cache:
 
         def joined(layers: list[Tensor]) -> Tensor:
             parts = [each[owner, :, :end] for each, owner, end in zip(layers, owners, lengths, strict=True)]
-            return torch.cat(parts, dim=1)[None, :, :count].clone()  # (1, A, count, d)
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            return whole[None, :, :count].clone()  # (1, A, count, d)
 
         for layer in range(len(self.tiers[0].keys)):
             new.keep(*(joined([tier.both[side][layer] for tier in self.tiers]) for side in (0, 1)))
