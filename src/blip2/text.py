@@ -39,8 +39,8 @@ class Spelling:
         for word, number in rust.get_vocab().items():
             words[number] = word
         special = [number for number, token in rust.get_added_tokens_decoder().items() if token.special]
-        rest = {**json.loads(rust.to_str()), "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}}}
-        rest["model"]["unk_token"] = ""
+        none = {"type": "WordLevel", "vocab": dict[str, int](), "unk_token": ""}
+        rest = {**json.loads(rust.to_str()), "added_tokens": [], "model": none}
         path.write_text(json.dumps({"words": words, "special": special, "rest": rest}), encoding="utf-8")
 
     def decode(self, ids: Sequence[int]) -> str:
