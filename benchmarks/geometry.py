@@ -14,7 +14,7 @@ import tokenizers
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2.config import Blip2Config, OPTConfig, T5Config, VisionConfig
 from blip2.model.bridge import Bridge
@@ -51,8 +51,9 @@ def write(config: Blip2Config, directory: Path, dtype: torch.dtype = torch.bfloa
 
 def write_words(config: Blip2Config, directory: Path) -> None:
     """The tokenizer: a word a token, w0 to the last."""
-    assert isinstance(config.language, OPTConfig | T5Config)
-    table = {f"w{number}": number for number in range(config.language.vocab_size)}
+    language = config.language
+    size = language.vocab_size if isinstance(language, OPTConfig | T5Config) else config.qformer.vocab_size
+    table = {f"w{number}": number for number in range(size)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="w3"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(directory / "tokenizer.json"))
@@ -85,14 +86,11 @@ class Made:
     @classmethod
     def of(cls, config: Blip2Config, dtype: torch.dtype, device: torch.device | None = None) -> Made:
         """Of a model of ours."""
-        assert isinstance(config.language, OPTConfig | T5Config)
         assert isinstance(config.vision, VisionConfig)
         with skeleton():
-            parts = {
-                "vision": VisionTransformer(config.vision),
-                "bridge": Bridge(config),
-                "language": build_language(config.language),
-            }
+            parts: dict[str, nn.Module] = {"vision": VisionTransformer(config.vision), "bridge": Bridge(config)}
+            if isinstance(config.language, OPTConfig | T5Config):
+                parts["language"] = build_language(config.language)
         ours = {f"{key}.{name}": tensor for key, part in parts.items() for name, tensor in part.state_dict().items()}
         places: dict[str, tuple[torch.Size, int]] = {}
         at = 0

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from PIL import Image
@@ -33,10 +32,11 @@ import blip2
 from benchmarks import geometry
 from benchmarks.exactness import TINY, as_published
 from benchmarks.sides import Ours, Theirs, seconds, wait
-from blip2 import generate
 from blip2.bulk import caption_files
 from blip2.config import PRESETS, Blip2Config, T5Config, VisionConfig
+from blip2.decoding import Decoding
 from blip2.generate import plain
+from blip2.model import prefix
 
 NEW_TOKENS, ANSWER_TOKENS, QUESTIONS, BEAMS = 20, 10, 10, 5
 SIZES, TINY_SIZES = (1, 4, 16, 64, 128, 256), (1, 2)
@@ -128,13 +128,18 @@ def compared(
 def check(run: Run) -> dict[str, Any]:
     """The engine's tokens against the plain path's, greedy and in beams: in float32 they must be equal."""
     model = Ours(TINY, run.device, torch.float32).model
-    pictures = [geometry.picture().rotate(90 * turn) for turn in range(3)]
-    for beams in (1, BEAMS):
-        written = model.caption(pictures, num_beams=beams, max_new_tokens=NEW_TOKENS)
-        with mock.patch.object(generate, "generate", wraps=plain.generate) as slow:
-            expected = model.caption(pictures, num_beams=beams, max_new_tokens=NEW_TOKENS)
-        if not slow.called or written != expected:
-            raise RuntimeError(f"{beams} beams: the engine writes {written}, the plain path {expected}")
+    language, tokenizer = model.writer()
+    prompts = ["w5 w9", "", "w7 w8 w9 w1"]
+    with torch.inference_mode():
+        features = model.encode([geometry.picture().rotate(90 * turn) for turn in range(len(prompts))])
+        visual, ids = model.bridge.project(features.queries), tokenizer.prompts(prompts)
+        start = prefix.build(language, visual, ids, tokenizer.bos, model.config.prompts.visual)
+        for width in (1, BEAMS):
+            decoding = Decoding.of({"num_beams": width, "max_new_tokens": NEW_TOKENS})
+            written = [row[0].ids for row in model.write(features, prompts, decoding)]
+            slow = plain.generate(language, *start, decoding.method, decoding.limits, tokenizer.stop_ids)
+            if written != [row[0].ids for row in slow]:
+                raise RuntimeError(f"{width} beams: the engine writes {written}, the plain path {slow}")
     return {"equal": True}
 
 
