@@ -69,7 +69,7 @@ def _anonymous() -> int:
 def ours(folder: Path, options: dict[str, Any], *, beams: int) -> dict[str, Any]:
     """One load by blip2, and a caption if there are beams."""
     import blip2.weights.assemble
-    from blip2.blip2 import load
+    from blip2.loading import load
 
     assert blip2.weights.assemble is not None
     memory, start = AnonymousMemory(), time.perf_counter()

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from benchmarks import geometry
 from benchmarks.loading import AnonymousMemory
-from blip2.blip2 import load
 from blip2.config import OPT_2_7B, PRESETS
+from blip2.loading import load
 from blip2.model.opt import OPT
 from blip2.quantize import SCHEMES, QuantLinear, quantize_layers
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from blip2 import weights
-from blip2.blip2 import Blip2, load
+from blip2.blip2 import Blip2
 from blip2.config import CaptionConfig, PromptConfig
 from blip2.decoding import Decoding
 from blip2.errors import Blip2Error, CheckpointError, ConfigError, ImageError, PromptError
+from blip2.loading import load
 from blip2.results import Generation, ImageFeatures
 from tiny_model import CONTEXT, build, picture
 

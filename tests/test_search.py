@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from blip2 import search
+from blip2 import image, search
 from blip2.errors import ConfigError, DataError, ImageError
 from blip2.results import Matches
 from blip2.search import Hit, ImageIndex, folder_index
@@ -33,10 +33,12 @@ class Fake:
     def __init__(self, identity: str = "fake") -> None:
         self.identity = identity
         self.encoded = 0
+        self.transform = image.Transform(2, (0.5,) * 3, (0.5,) * 3)
+        self.device = torch.device("cpu")
 
-    def embed_images(self, images: list[Image.Image]) -> Tensor:
+    def embed_images(self, images: list[Image.Image] | Tensor) -> Tensor:
         self.encoded += len(images)
-        seeds = [int.from_bytes(bytes(picture.getpixel((0, 0))), "big") for picture in images]  # pyright: ignore
+        seeds = [int.from_bytes(np.asarray(picture)[0, 0].tobytes(), "big") for picture in images]
         return torch.stack(
             [unit(torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(s))) for s in seeds]
         )

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blip2.blip2 import Blip2, load
+    from blip2.blip2 import Blip2
     from blip2.chat import Chat
     from blip2.config import PRESETS, Blip2Config
     from blip2.errors import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         PromptError,
     )
+    from blip2.loading import load
     from blip2.results import Generation, ImageFeatures, Matches, Ranking
     from blip2.search import ImageIndex
 
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "blip2.blip2": ("Blip2", "load"),
+    "blip2.blip2": ("Blip2",),
     "blip2.chat": ("Chat",),
     "blip2.config": ("PRESETS", "Blip2Config"),
     "blip2.errors": (
@@ -69,6 +70,7 @@ _HOMES = {
         "MissingExtraError",
         "PromptError",
     ),
+    "blip2.loading": ("load",),
     "blip2.results": ("Generation", "ImageFeatures", "Matches", "Ranking"),
     "blip2.search": ("ImageIndex",),
 }

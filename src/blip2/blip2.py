@@ -5,29 +5,31 @@ Letters: N images, M texts, P patches, Q queries, D width, E image-text space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from blip2 import generate, image
+from blip2.batching import BatchSize
 from blip2.chat import Chat
 from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
-from blip2.device import pick_device, pick_dtype
+from blip2.encoding import encoded
 from blip2.errors import ConfigError, PromptError
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, present, sentence, unwrap
 from blip2.protocols import ImageEncoder, LanguageModel
-from blip2.quantize import check_scheme
 from blip2.reading import Asked
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
+ENCODED = {"cpu": 16, "mps": 16, "cuda": 64}  # images in one pass of the encoder
+WRITTEN = 16  # texts written together where a call does not say
 PAIRS = 64  # image-text pairs in one pass of the matching head
 
 
@@ -54,12 +56,21 @@ class Blip2:
 
     # -- images ------------------------------------------------------------------------------------------------
 
+    @property
+    def transform(self) -> image.Transform:
+        """From pictures to what the encoder takes."""
+        return image.Transform(self.encoder.image_size, self.encoder.mean, self.encoder.std)
+
     @torch.inference_mode()
-    def encode(self, images: Images, batch_size: int = 16) -> ImageFeatures:
+    def encode(self, images: Images, batch_size: int | None = None) -> ImageFeatures:
         """Encode images once, for any number of captions, questions, matches and searches.
+
+        Files are read ahead by threads while the model is busy.
 
         Args:
             images: one image or a list: path, bytes, PIL image, numpy array, tensor; or features, given back as is.
+            batch_size: images in one pass, halved where memory runs out. Where None the device's own, the same every
+                time: an encoder is hardly faster in larger ones, and the last bits of a feature depend on it.
         Raises:
             ImageError: an image cannot be read; the message names it.
         """
@@ -70,12 +81,8 @@ class Blip2:
         items = cast("Sequence[image.Source]", images if is_list(images) else [images])
         if len(items) == 0:
             raise ConfigError("no image was given")
-        transform = image.Transform(self.encoder.image_size, self.encoder.mean, self.encoder.std)
-        parts: list[ImageFeatures] = []
-        for start in range(0, len(items), batch_size):
-            pixels = transform([image.open(item) for item in items[start : start + batch_size]])
-            parts.append(self.features(pixels))
-        return ImageFeatures.concatenate(parts)
+        size = BatchSize(ENCODED[self.device.type] if batch_size is None else batch_size, self.device)
+        return ImageFeatures.concatenate(encoded(self.features, self.transform, items, size))
 
     def embed_images(self, images: Images) -> Tensor:
         """Images in the image-text space: float32[N, Q, E], unit length."""
@@ -100,6 +107,7 @@ class Blip2:
         *,
         stream: bool = False,
         details: bool = False,
+        batch_size: int = WRITTEN,
         **options: Unpack[Options],
     ) -> Any:
         """Describe images.
@@ -110,6 +118,7 @@ class Blip2:
                 once for each; without any, images stand before the text.
             stream: give an iterator of text pieces of one image, greedy or drawn.
             details: give `Generation`s with tokens and log-probabilities instead of `str`s.
+            batch_size: images whose captions are written together.
             options: how the text is chosen, see `Decoding`; five beams by default, one for a stream, and what the
                 model's own `config.captions` says.
         Returns:
@@ -127,7 +136,7 @@ class Blip2:
         )
         if stream:
             return self._stream(features, words, decoding, details, counts)
-        found = self.write(features, [words] * len(counts), decoding, counts=counts)
+        found = self.write(features, [words] * len(counts), decoding, batch_size, counts)
         return unwrap(present(found, details, decoding), single)
 
     def ask(
@@ -200,7 +209,8 @@ class Blip2:
             float32[K, 2], logits of (no match, match).
         """
         images, rows = pairs[:, 0].unique(return_inverse=True)
-        sight = self.bridge.see(features.patches[images.to(features.patches.device)].to(self.device).float())
+        patches = features.patches[images.to(features.patches.device)].to(self.device, self.bridge.dtype)
+        sight = self.bridge.see(patches)
         return self.bridge.match(sight, rows.to(self.device), ids[pairs[:, 1].to(ids.device)])
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -223,13 +233,19 @@ class Blip2:
         """What `encode` gives, of pixels that are transformed already; with gradient to the bridge where it is on.
 
         Args:
-            pixels: float[N, 3, S, S], normalised with the encoder's mean and std, S its image size.
+            pixels: float[N, 3, S, S], normalised with the encoder's mean and std, S its image size; or uint8[N, S, S,
+                3], squares that are not normalised yet.
         Raises:
             ImageError: of another size.
         """
-        patches = self.encoder(pixels.to(self.device, self.dtype)).float()  # (N, P, Dv)
+        if pixels.device.type == "cpu" and self.device.type == "cuda":
+            pixels = pixels.pin_memory()  # the copy goes on by itself while this thread prepares what follows
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.transform.fits(pixels):
+            pixels = self.transform.normalised(pixels)
+        patches = self.encoder(pixels.to(self.dtype)).to(self.bridge.dtype)  # (N, P, Dv)
         hidden = self.bridge.look(self.bridge.see(patches)).hidden  # (N, Q, D)
-        vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0]
+        vectors = self.bridge.image_vectors(hidden) if self.bridge.heads else hidden[..., :0].float()
         return ImageFeatures(patches, hidden, vectors)
 
     def text_ids(self, texts: Sequence[str]) -> Tensor:
@@ -276,7 +292,7 @@ class Blip2:
         features: ImageFeatures,
         prompts: Sequence[str],
         decoding: Decoding,
-        batch_size: int = 16,
+        batch_size: int = WRITTEN,
         counts: Sequence[int] | None = None,
     ) -> list[list[Generation]]:
         """Texts after each prompt, in the words that the language model is given: what the verbs stand on.
@@ -331,59 +347,3 @@ class Blip2:
         embeds, lengths, past = asked.prefix()
         scores = generate.rank(language, embeds, lengths, ids, past)  # (N, C)
         return [Ranking(tuple(choices), tuple(row)) for row in scores.tolist()]
-
-
-def load(
-    name: str | Path | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    device_map: Literal["auto"] | Mapping[str, str | int] | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    offline: bool = False,
-    parts: Mapping[str, str | Path] | None = None,
-) -> Blip2:
-    """A model, ready for its verbs.
-
-    Args:
-        name: nothing for `mini`, which comes with the package; the directory of a model that blip2 or transformers
-            saved; OWNER/NAME of one on the Hugging Face hub, which is downloaded once; or LAVIS's `.pth`.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
-        dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
-            The bridge computes in float32.
-        quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from
-            the file; the activations keep `dtype`.
-        device_map: `auto` spreads the frozen parts' blocks over `device`, the other CUDA devices and the CPU's memory,
-            by what is free, and keeps the rest on disk. Or places by name, the longest that fits: {"vision": "cuda:0",
-            "language.layers": 1, "language.layers.31": "disk"}; blocks are called vision.blocks.N, language.layers.N
-            (OPT), language.encoder.N and language.decoder.N (T5). What lies in the CPU's memory or on disk is
-            brought to `device` when it runs. None puts all on `device`.
-        revision, token, offline: of a model on the hub: a branch, tag or commit; a user's token; whether to take what
-            the cache has and ask nobody.
-        parts: of a LAVIS file, which holds what was trained only: where its `vision`, `language` and `text` are; those
-            left out are looked for beside it (`eva_vit_g.pth`, `opt-2.7b/`, `bert-base-uncased/`, ...).
-    Raises:
-        CheckpointError: no such model, or it is damaged.
-        ConfigError: an argument has a value that there is not, or that does not go with the others.
-        MissingExtraError: its frozen parts are not installed.
-    """
-    from blip2.weights import hub, lavis
-    from blip2.weights.assemble import assemble, model_directory
-    from blip2.weights.placement import Memory, check_map
-
-    place = pick_device(device)
-    half = pick_dtype(dtype, place)
-    memory = Memory(check_scheme(quantize), check_map(device_map))
-    if str(name).endswith(lavis.SUFFIX):
-        return lavis.load(Path(str(name)), place, half, memory, parts=parts)
-    if parts:
-        raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
-    if name is not None and hub.is_name(str(name)):
-        directory = hub.download(str(name), revision=revision, token=token, offline=offline)
-    elif revision or token:
-        raise ConfigError(f"{name}: `revision` and `token` are for models on the hub, OWNER/NAME")
-    else:
-        directory = model_directory(name)
-    return assemble(directory, place, half, memory)

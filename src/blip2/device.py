@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from blip2.errors import ConfigError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _KINDS = ("cpu", "cuda", "mps")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +96,15 @@ def free_memory(device: torch.device) -> int:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return max(free, 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on a CUDA device, else in the CPU's memory; 0 where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_memory() -> int | None:

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias, cast
+from typing import IO, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from blip2 import web
+from blip2.arrays import Array, channels_last, from_array
 from blip2.errors import ImageError, MissingExtraError
 
-Array: TypeAlias = npt.NDArray[Any]
 Source: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | Array | Tensor
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow warns above it and refuses twice as many
@@ -70,7 +70,7 @@ def open(source: Source, *, max_pixels: int = MAX_PIXELS, allow_urls: bool = Fal
             _check_size(source.size, max_pixels)
             return _upright_rgb(source)
         if isinstance(source, np.ndarray | Tensor):
-            image = _from_array(_channels_last(source))
+            image = from_array(channels_last(source))
             _check_size(image.size, max_pixels)
             return _upright_rgb(image)
         if isinstance(source, str) and source.lower().startswith(web.SCHEMES):
@@ -109,12 +109,36 @@ class Transform:
             ImageError: an image is not RGB.
         """
         batch = [images] if isinstance(images, Image.Image) else images
-        pixels = np.empty((len(batch), 3, self.size, self.size), np.float32)
+        squares = np.empty((len(batch), self.size, self.size, 3), np.uint8)
         for row, image in enumerate(batch):
-            _check_rgb(image)
-            square = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-            pixels[row] = _normalise(square, self.mean, self.std)
-        return torch.from_numpy(pixels)  # (B, 3, S, S)
+            squares[row] = self.square(image)
+        return self.normalised(torch.from_numpy(squares))  # (B, 3, S, S)
+
+    def square(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """The image squeezed, uint8[S, S, 3]: a quarter of the bytes of its pixels, to be kept and moved.
+
+        Raises:
+            ImageError: the image is not RGB.
+        """
+        _check_rgb(image)
+        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+
+    def fits(self, images: object) -> bool:
+        """Whether these are squares already, one after another: what another squeeze would leave as it is."""
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            return False
+        return len(images) > 0 and tuple(images.shape[1:]) == (self.size, self.size, 3)
+
+    def normalised(self, squares: Tensor) -> Tensor:
+        """Pixels of squares, on whichever device they are: uint8[B, S, S, 3] to float32[B, 3, S, S], contiguous.
+
+        By a table, as an 8-bit value has no more than 256 results: the same bits on every device.
+        """
+        table = torch.from_numpy(_table(self.mean, self.std)).to(squares.device)  # (3, 256)
+        pixels = torch.empty(len(squares), 3, self.size, self.size, device=squares.device)
+        for channel in range(3):
+            pixels[:, channel] = table[channel][squares[..., channel].int()]
+        return pixels
 
 
 @dataclass(frozen=True)
@@ -343,57 +367,18 @@ def _flatten_deep(values: Array, mode: str, transparent: object) -> Image.Image:
         values = values.astype(np.uint16)
     if isinstance(transparent, int):
         values = np.where(values == transparent, np.asarray(65535, values.dtype), values)
-    return _from_array(values).convert("RGB")
-
-
-def _channels_last(array: Array | Tensor) -> Array:
-    """(H, W) or (H, W, C) in the machine's memory."""
-    if isinstance(array, np.ndarray):
-        return array
-    tensor = array.detach().cpu()
-    if tensor.dtype == torch.bfloat16:  # numpy has none
-        tensor = tensor.float()
-    if tensor.ndim == 3 and tensor.shape[0] in (1, 3, 4):
-        tensor = tensor.permute(1, 2, 0)
-    return tensor.numpy()
-
-
-def _from_array(array: Array) -> Image.Image:
-    """An 8-bit image of an array (H, W) or (H, W, 1|3|4)."""
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ImageError("has the wrong shape: one image is (H, W) or (H, W, 1|3|4); as a tensor also (1|3|4, H, W)")
-    if array.size == 0:
-        raise ImageError("has no pixels")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(array)))
-
-
-def _to_uint8(array: Array) -> npt.NDArray[np.uint8]:
-    """Values on 0..255, rounded; nothing is clipped: what lies outside is an error."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    low, high = array.min(), array.max()
-    if np.issubdtype(array.dtype, np.integer):
-        if low < 0 or high > 255:
-            raise ImageError(f"has values from {low} to {high}; integers must lie in 0..255 (uint16: 0..65535)")
-        return array.astype(np.uint8)
-    if np.issubdtype(array.dtype, np.floating):
-        scaled = np.rint(array.astype(np.float64) * 255)
-        if not (scaled.min() >= 0 and scaled.max() <= 255):  # NaN as well
-            raise ImageError(f"has values from {low} to {high}; floats must lie in 0..1")
-        return scaled.astype(np.uint8)
-    raise ImageError(f"has the type {array.dtype}; use uint8, uint16 or floats in 0..1")
+    return from_array(values).convert("RGB")
 
 
 def _normalise(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
-    """float32[3, H, W] of an RGB image; a table of 256 values a channel, as an 8-bit pixel has no more."""
-    scaled = np.arange(256, dtype=np.float32) / np.float32(255)
-    offset, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    table = (scaled - offset[:, None]) / spread[:, None]  # (3, 256)
+    """float32[3, H, W] of an RGB image."""
+    table = _table(mean, std)
     values = np.asarray(image)  # (H, W, 3)
     return np.stack([table[channel][values[:, :, channel]] for channel in range(3)])
+
+
+def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
+    """What each 8-bit value becomes in each channel: float32[3, 256]."""
+    scaled = np.arange(256, dtype=np.float32) / np.float32(255)
+    offset, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (scaled - offset[:, None]) / spread[:, None]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from blip2 import image
-from blip2.bulk import Failure, Progress, batches, opened
+from blip2.batching import BatchSize, batches
+from blip2.bulk import Failure, Progress, each
 from blip2.errors import ConfigError, DataError, ImageError
 from blip2.files import cache_directory, replacing
 from blip2.results import Matches
@@ -39,6 +40,10 @@ class Embedder(Protocol):
 
     @property
     def identity(self) -> str: ...
+    @property
+    def transform(self) -> image.Transform: ...
+    @property
+    def device(self) -> torch.device: ...
     def embed_images(self, images: Any) -> Tensor: ...
     def embed_texts(self, texts: Any) -> Tensor: ...
     def match(self, images: Any, texts: Any) -> Matches: ...
@@ -101,24 +106,25 @@ class ImageIndex:
         Raises:
             ImageError: no image is found, or none of them can be read.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        size = BatchSize(batch_size, self.model.device)
         files = sorted(Path(os.path.abspath(path)) for path in image.find_images(paths))  # noqa: PTH100  (keeps links)
         stamps = {path: _stamp(path) for path in files}
         rows = {path: row for row, path in enumerate(self.stamps) if stamps.get(path) == self.stamps[path]}
         vectors = {path: self.vectors[row] for path, row in rows.items()}
         failed: list[Failure] = []
-        with closing(opened([path for path in files if path not in vectors], ahead=batch_size)) as stream:
-            for batch in batches(stream, batch_size):
+        if progress:
+            progress(len(vectors), len(files))
+        todo = [path for path in files if path not in vectors]
+
+        def embed(squares: Tensor) -> Tensor:
+            return self.model.embed_images(squares).float().cpu()  # (B, Q, E)
+
+        with closing(each(embed, todo, self.model.transform, size)) as stream:
+            for batch in stream:
+                failed += [found for _, found in batch if isinstance(found, Failure)]
+                vectors.update((path, found) for path, found in batch if not isinstance(found, Failure))
                 if progress:
                     progress(len(vectors) + len(failed), len(files))
-                readable = [item for item in batch if not isinstance(item, Failure)]
-                failed += [item for item in batch if isinstance(item, Failure)]
-                if readable:
-                    encoded = self.model.embed_images([picture for _, picture in readable]).float().cpu()  # (B, Q, E)
-                    vectors.update(zip((path for path, _ in readable), encoded, strict=True))
-        if progress:
-            progress(len(files), len(files))
         if not vectors:
             raise ImageError(f"none of {len(files)} images can be read; the first: {failed[0].error}")
         found = [path for path in files if path in vectors]
@@ -251,7 +257,7 @@ def _rows_dot(vectors: Tensor, other: Tensor) -> Tensor:
 def _reranked(model: Embedder, text: str, hits: Sequence[Hit]) -> list[Hit]:
     """Hits in the order of ITM log-odds plus cosine, which is what retrieval is evaluated by."""
     judged: list[tuple[float, Hit]] = []
-    for batch in batches(hits, RERANK_BATCH):
+    for batch in batches(hits, BatchSize(RERANK_BATCH, model.device)):
         itm = model.match([image.open(hit.path) for hit in batch], [text]).itm[:, 0].double().cpu()  # (B,)
         odds = itm.logit(eps=1e-6)  # finite where a probability rounds to 0 or 1
         judged += [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +22,58 @@ if TYPE_CHECKING:
 IMAGE = "<image>"  # in a prompt, where an image stands
 
 
+class Spelling:
+    """How tokens are spelled, without what cuts a text into them: read in a twentieth of the time, when first asked.
+
+    Args:
+        path: a file that `write` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @staticmethod
+    def write(rust: tokenizers.Tokenizer, path: Path) -> None:
+        """The spelling of a tokenizer's tokens, in a file."""
+        words: list[str | None] = [None] * rust.get_vocab_size()
+        for word, number in rust.get_vocab().items():
+            words[number] = word
+        special = [number for number, token in rust.get_added_tokens_decoder().items() if token.special]
+        none = {"type": "WordLevel", "vocab": dict[str, int](), "unk_token": ""}
+        rest = {**json.loads(rust.to_str()), "added_tokens": [], "model": none}
+        path.write_text(json.dumps({"words": words, "special": special, "rest": rest}), encoding="utf-8")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As the tokenizer's own: special tokens, and ids that there are not, are left out."""
+        words, special, decoder = self._content
+        known = (words[number] for number in ids if 0 <= number < len(words) and number not in special)
+        return decoder.decode([word for word in known if word is not None])
+
+    @functools.cached_property
+    def _content(self) -> tuple[list[str | None], frozenset[int], Any]:
+        import tokenizers
+
+        content = json.loads(self._path.read_bytes())
+        decoder = tokenizers.Tokenizer.from_str(json.dumps(content["rest"])).decoder
+        return content["words"], frozenset(content["special"]), decoder
+
+
+class _Deferred:
+    """A `tokenizers.Tokenizer` that is read from its file when something is first asked of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @functools.cached_property
+    def _rust(self) -> tokenizers.Tokenizer:
+        return _read(self._path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copying and pickling look for
+            raise AttributeError(name)
+        return getattr(self._rust, name)
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A `tokenizers.Tokenizer` and the special ids that blip2 needs of it.
@@ -31,6 +85,7 @@ class Tokenizer:
         stop_ids: ids that end a generated text; the first ends a training text.
         end: id that ends what an encoder-decoder reads, None elsewhere. `encode` never adds it.
         frame: ids put before and after every text by `encode`, such as ([CLS], [SEP]); None for language models.
+        spelling: what `decode` reads instead of the tokenizer, where it has one.
     """
 
     rust: tokenizers.Tokenizer
@@ -39,6 +94,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     end: int | None = None
     frame: tuple[int, int] | None = None
+    spelling: Spelling | None = None
 
     @classmethod
     def from_file(
@@ -56,18 +112,17 @@ class Tokenizer:
         Raises:
             CheckpointError: the file is missing or is no tokenizer.
         """
-        import tokenizers
+        return cls(_read(path), bos, pad, stop_ids, end, frame)
 
-        try:
-            rust = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: not a readable tokenizer.json: {error}") from None
-        rust.no_padding()
-        rust.no_truncation()
-        return cls(rust, bos, pad, stop_ids, end, frame)
+    @classmethod
+    def deferred(cls, path: Path, spelling: Path, *, bos: int | None, pad: int, stop_ids: tuple[int, ...]) -> Self:
+        """As `from_file`, of files that are known to be whole, which are read when a text is first cut or written."""
+        return cls(cast("tokenizers.Tokenizer", _Deferred(path)), bos, pad, stop_ids, spelling=Spelling(spelling))
 
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Ids of each text, cut on the right to `max_length` (the frame included and kept)."""
+        if self.frame is None and not any(texts):  # no tokens: what reads many of them need not be there
+            return [[] for _ in texts]
         encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
         if self.frame is None:
             return [encoding.ids[:max_length] for encoding in encodings]
@@ -93,11 +148,26 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens left out."""
+        if self.spelling is not None:
+            return self.spelling.decode(ids)
         return self.rust.decode(list(ids), skip_special_tokens=True)
 
     def batch(self, texts: Sequence[str], max_length: int | None = None) -> Tensor:
         """`encode` as int64[B, T], right-padded with `pad`."""
         return pad(self.encode(texts, max_length), self.pad)
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    """A tokenizer.json, its own truncation and padding off."""
+    import tokenizers
+
+    try:
+        rust = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: not a readable tokenizer.json: {error}") from None
+    rust.no_padding()
+    rust.no_truncation()
+    return rust
 
 
 def plain(text: str) -> str:

@@ -160,7 +160,7 @@ def test_converted_anew_it_is_the_same_and_tokenises_as_the_file_says(
     kept = gemma._converted()
     monkeypatch.setenv("BLIP2_CACHE", str(tmp_path))
     anew = gemma._converted()
-    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+    for name in ("model.safetensors", "tokenizer.json", "spelling.json", "config.json"):
         assert fingerprint([anew / name]) == fingerprint([kept / name])
     gemma._assemble(tmp_path / "source.gguf")
     reader = require("gguf", "the test").GGUFReader(tmp_path / "source.gguf")
@@ -204,3 +204,21 @@ def test_a_text_ends_with_its_line(parts: tuple[Gemma, Tokenizer]) -> None:
     assert all(len(ids) == 1 and ids[0] in tokenizer.stop_ids for ids in lines)
     assert tokenizer.rust.token_to_id("<start_of_image>") in tokenizer.stop_ids
     assert not set(tokenizer.encode(["a dog runs on the beach."])[0]) & set(tokenizer.stop_ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ids=st.lists(st.one_of(st.integers(0, 300_000), st.integers(0, 400), st.integers(236_700, 262_143)), max_size=20)
+)
+def test_tokens_are_spelled_as_the_whole_tokenizer_spells_them(parts: tuple[Gemma, Tokenizer], ids: list[int]) -> None:
+    tokenizer = parts[1]
+    assert tokenizer.decode(ids) == tokenizer.rust.decode(ids, skip_special_tokens=True)
+
+
+def test_nothing_of_the_tokenizer_is_read_for_texts_without_words() -> None:
+    _, tokenizer = adapters.language_model(PART)
+    assert tokenizer.prompts(["", ""]) == [[], []]
+    assert tokenizer.decode([9259, 563, 1]) == "Hello is"
+    assert "_rust" not in vars(tokenizer.rust)  # it takes a second
+    assert tokenizer.encode([" dog"]) != [[]]
+    assert "_rust" in vars(tokenizer.rust)

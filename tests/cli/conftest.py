@@ -18,7 +18,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Blip2:
     """The tiny model, which `blip2.load` gives, whatever is asked for."""
     tiny = dataclasses.replace(tiny_model.build(), identity="tiny")
     monkeypatch.setattr(blip2, "load", lambda *_, **__: tiny)  # first: its old value is looked up in the other's module
-    monkeypatch.setattr("blip2.blip2.load", lambda *_, **__: tiny)
+    monkeypatch.setattr("blip2.loading.load", lambda *_, **__: tiny)
     return tiny
 
 

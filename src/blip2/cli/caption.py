@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli.console import TASK, note, one_line, open_model, progress, result, result_json
-from blip2.cli.options import BatchSize, Chosen, Details, Device, Dtype, Json, Model, Paths, Quantize, check_out, writes
+from blip2.cli.options import AutoBatch, Chosen, Details, Device, Dtype, Json, Model, Paths, Quantize, check_out, writes
 from blip2.errors import ConfigError
 
 if TYPE_CHECKING:
+    from blip2.batching import Size
     from blip2.blip2 import Blip2
 
 
@@ -54,7 +55,7 @@ def caption(
     prefix: Prefix = "",
     trigger: Trigger = "",
     model: Model = "mini",
-    batch_size: BatchSize = 8,
+    batch_size: AutoBatch = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -90,10 +91,10 @@ def caption(
     if stream:
         _stream(opened, files[0], prompt, keywords)
     elif to_files:
-        labels = {"existing": existing.value, "prefix": prefix, "trigger": trigger, "batch_size": batch_size}
+        labels = {"existing": existing.value, "prefix": prefix, "trigger": trigger, "batch_size": batch_size or "auto"}
         _to_files(opened, files, out, txt, prompt, {**keywords, **labels})
     else:
-        _to_stdout(opened, files, prompt, json, details, batch_size, keywords)
+        _to_stdout(opened, files, json, details, batch_size or "auto", {**keywords, "prompt": prompt})
 
 
 def _check(to_files: bool, shown: dict[str, bool], labelled: bool) -> None:
@@ -134,32 +135,24 @@ def _to_files(
 
 
 def _to_stdout(
-    model: Blip2,
-    files: Sequence[Path],
-    prompt: str | None,
-    json: bool,
-    details: bool,
-    batch_size: int,
-    options: dict[str, Any],
+    model: Blip2, files: Sequence[Path], json: bool, details: bool, batch_size: Size, options: dict[str, Any]
 ) -> None:
     from blip2 import bulk
+    from blip2.batching import BatchSize
 
     failed = False
-    with progress("captions", len(files)) as bars, closing(bulk.opened(files, ahead=batch_size)) as stream:
-        for batch in bulk.batches(stream, batch_size):
-            readable = [item for item in batch if not isinstance(item, bulk.Failure)]
-            found = (
-                model.caption([picture for _, picture in readable], prompt, details=True, **options) if readable else []
-            )
-            for (path, _), row in zip(readable, found, strict=True):
-                rows = [asdict(text) for text in (row if isinstance(row, list) else [row])]
-                _show(path, rows, json, details, alone=len(files) == 1)
-            for failure in batch:
-                if isinstance(failure, bulk.Failure):
-                    failed = True
-                    note(f"error: {failure.error}")
-                    if json or details:
-                        result_json({"image": str(failure.image), "error": failure.error})
+    found = bulk.captions(model, files, BatchSize(batch_size, model.device), details=True, **options)
+    with progress("captions", len(files)) as bars, closing(found) as stream:
+        for batch in stream:
+            for path, row in batch:
+                if not isinstance(row, bulk.Failure):
+                    rows = [asdict(text) for text in (row if isinstance(row, list) else [row])]
+                    _show(path, rows, json, details, alone=len(files) == 1)
+                    continue
+                failed = True
+                note(f"error: {row.error}")
+                if json or details:
+                    result_json({"image": str(path), "error": row.error})
             bars.advance(TASK, len(batch))
     if failed:
         raise typer.Exit(1)

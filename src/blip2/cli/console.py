@@ -68,6 +68,13 @@ def listing(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collec
         result("\t".join(row))
 
 
+class _Pace(rich.progress.ProgressColumn):
+    """How many a second, over the last of them."""
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        return rich.text.Text("" if task.speed is None else f"{task.speed:.1f}/s")
+
+
 @contextmanager
 def progress(what: str, total: int | None) -> Generator[rich.progress.Progress]:
     """A bar with one task on stderr, if that is a terminal; `advance(TASK)` moves it."""
@@ -75,6 +82,7 @@ def progress(what: str, total: int | None) -> Generator[rich.progress.Progress]:
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
+        _Pace(),
         rich.progress.TimeRemainingColumn(),
     )
     bars = rich.progress.Progress(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blip2.cli.console import TASK, note, open_model, progress
-from blip2.cli.options import BatchSize, Device, Dtype, Model, Paths, Quantize, check_out
+from blip2.cli.options import Batch, Device, Dtype, Model, Paths, Quantize, check_out
 from blip2.errors import ConfigError
 from blip2.files import replacing
 
@@ -26,7 +26,7 @@ def embed(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="A .npz or a .safetensors file.", show_default=False)],
     model: Model = "mini",
-    batch_size: BatchSize = 16,
+    batch_size: Batch = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -44,6 +44,7 @@ def embed(
     ```
     """
     from blip2 import bulk, image
+    from blip2.batching import BatchSize
 
     if out.suffix not in FORMATS:
         raise ConfigError(f"{out}: write to a file that ends in {' or '.join(FORMATS)}")
@@ -53,15 +54,15 @@ def embed(
     done: list[str] = []
     vectors: list[NDArray[np.float32]] = []
     try:
-        with progress("images", len(files)) as bars, closing(bulk.opened(files, ahead=batch_size)) as stream:
-            for batch in bulk.batches(stream, batch_size):
-                readable = [item for item in batch if not isinstance(item, bulk.Failure)]
-                if readable:
-                    vectors.append(opened.embed_images([picture for _, picture in readable]).cpu().numpy())
-                    done += [str(path) for path, _ in readable]
-                for item in batch:
-                    if isinstance(item, bulk.Failure):
-                        note(f"error: {item.error}")
+        found = bulk.each(opened.embed_images, files, opened.transform, BatchSize(batch_size, opened.device))
+        with progress("images", len(files)) as bars, closing(found) as stream:
+            for batch in stream:
+                for path, row in batch:
+                    if isinstance(row, bulk.Failure):
+                        note(f"error: {row.error}")
+                    else:
+                        vectors.append(row.cpu().numpy())
+                        done.append(str(path))
                 bars.advance(TASK, len(batch))
     finally:
         if done:
@@ -71,12 +72,12 @@ def embed(
         raise typer.Exit(1)
 
 
-def _write(out: Path, names: list[str], parts: list[NDArray[np.float32]]) -> None:
+def _write(out: Path, names: list[str], rows: list[NDArray[np.float32]]) -> None:
     """All or nothing: the old file stays until the new one is whole."""
     import numpy as np
     from safetensors.numpy import save
 
-    vectors = np.concatenate(parts)
+    vectors = np.stack(rows)
     with replacing(out) as partial:
         if out.suffix == ".npz":
             with partial.open("wb") as file:

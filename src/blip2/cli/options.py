@@ -30,7 +30,17 @@ Quantize = Annotated[
         help="Of the frozen parts' blocks: int8 or int4 weights.", rich_help_panel="Machine", show_default=False
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images in one pass.", rich_help_panel="Machine")]
+Batch = Annotated[int, typer.Option(min=1, help="Images in one pass.", rich_help_panel="Machine")]
+AutoBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Images in one pass. [default: as many as prove fastest]",
+        rich_help_panel="Machine",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line instead of text.")]
 Details = Annotated[
     bool, typer.Option("--details", help="JSON with tokens, log-probabilities, score and why the text ended.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blip2.cli.console import TASK, listing, note, open_model, progress, result_json
-from blip2.cli.options import BatchSize, Device, Dtype, Json, Model, Quantize
+from blip2.cli.options import Batch, Device, Dtype, Json, Model, Quantize
 from blip2.errors import ImageError, PromptError
 
 Folder = Annotated[
@@ -28,7 +28,7 @@ def search(
     cache: Annotated[bool, typer.Option(help="Remember the folder's vectors for the next search.")] = True,
     json: Json = False,
     model: Model = "mini",
-    batch_size: BatchSize = 16,
+    batch_size: Batch = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,

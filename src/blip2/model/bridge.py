@@ -35,6 +35,11 @@ class Bridge(nn.Module):
         width = config.qformer.width
         self.language_projection = nn.Linear(width, config.language.width) if config.language else None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in."""
+        return self.vision_norm.weight.dtype
+
     def see(self, patches: Tensor) -> Sight:
         """Images as the queries read them, whatever the text beside: float[B, P, Dv]."""
         return self.qformer.see(self.vision_norm(patches))
@@ -44,11 +49,11 @@ class Bridge(nn.Module):
         return self.qformer.look(sight)
 
     def image_vectors(self, hidden: Tensor) -> Tensor:
-        """Queries in the image-text space: float[B, Q, D] to float[B, Q, E], unit length (ITC)."""
-        return F.normalize(self._heads.vision_proj(hidden), dim=-1)
+        """Queries in the image-text space: float[B, Q, D] to float32[B, Q, E], unit length (ITC)."""
+        return F.normalize(self._heads.vision_proj(hidden).float(), dim=-1)
 
     def text_vectors(self, ids: Tensor) -> Tensor:
-        """Texts in the image-text space: int64[B, T], right-padded, to float[B, E], unit length (ITC)."""
+        """Texts in the image-text space: int64[B, T], right-padded, to float32[B, E], unit length (ITC)."""
         return self._by_length(ids, lambda _, group: self._text_vectors(group))
 
     def _text_vectors(self, ids: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ class Bridge(nn.Module):
         else:
             real = self.qformer.real(ids)[..., None]  # (B, T, 1)
             pooled = (hidden * real).sum(1) / real.sum(1)
-        return F.normalize(self._heads.text_proj(pooled), dim=-1)
+        return F.normalize(self._heads.text_proj(pooled).float(), dim=-1)
 
     def match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
         """The matching head on pairs: the mean over the queries (ITM).
@@ -68,13 +73,13 @@ class Bridge(nn.Module):
             images: int64[B], the image of each pair.
             ids: int64[B, T], its text, right-padded.
         Returns:
-            float[B, 2], logits of (no match, match).
+            float32[B, 2], logits of (no match, match).
         """
         return self._by_length(ids, lambda rows, group: self._match(sight, images[rows], group))
 
     def _match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
         hidden = self.qformer.join(sight, ids, images)[:, : self.config.qformer.queries]  # (B, Q, D)
-        return self._heads.itm_head(hidden).mean(1)
+        return self._heads.itm_head(hidden).float().mean(1)
 
     def _by_length(self, ids: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`run(rows, ids[rows])` on texts of like length together, each group cut to its longest.
@@ -113,7 +118,7 @@ class Bridge(nn.Module):
         """Queries as soft prompt: float[B, Q, D] to the language model's width."""
         if self.language_projection is None:
             raise ConfigError("this model has no language model: it matches and embeds, but does not write")
-        return self.language_projection(hidden)
+        return self.language_projection(hidden.to(self.dtype))
 
     @property
     def _heads(self) -> StageOneHeads:

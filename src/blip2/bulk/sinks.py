@@ -1,40 +1,24 @@
-"""Captions of many images, on disk: as one JSON Lines file, or as a text file beside each image.
-
-What is finished stays finished: stop a run however you like, start it again, and it goes on where it was. One
-damaged image never stops it.
-"""
+"""Where captions go: one JSON Lines file, or a text file beside each image; resumed, mended, never half written."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias
 
 from filelock import FileLock, Timeout
-from PIL import Image
 
-from blip2 import image
-from blip2.errors import ConfigError, DataError, ImageError, MissingExtraError
+from blip2.errors import ConfigError, DataError
 from blip2.files import replacing
 
 Existing: TypeAlias = Literal["skip", "overwrite", "append"]
 Progress: TypeAlias = Callable[[int, int], None]  # called with how many images are through, and how many there are
-T = TypeVar("T")
 
 _RESULTS = frozenset(("caption", "captions", "error"))
-
-
-class Captioner(Protocol):
-    """What is asked of a model: a text, or several, for each image of a list."""
-
-    def caption(self, images: Sequence[Image.Image], **options: Any) -> Sequence[str] | Sequence[Sequence[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -68,119 +52,7 @@ class Report:
     failed: tuple[Failure, ...]
 
 
-def caption_files(
-    model: Captioner,
-    paths: Iterable[str | os.PathLike[str]],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    form: Literal["jsonl", "txt"] = "jsonl",
-    existing: Existing = "skip",
-    prefix: str = "",
-    trigger: str = "",
-    batch_size: int = 8,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Report:
-    """Caption files and folders of images, batch by batch onto the disk.
-
-    Args:
-        paths: what `image.find_images` takes.
-        out: the JSON Lines file; nothing for `txt`.
-        form: `jsonl` writes a line {"image", "caption"} an image ("captions", a list, where `num_captions` asks for
-            several; {"image", "error"} for one that cannot be read), with paths relative to the file's folder and `/`
-            between their parts. `txt` writes `photo.txt` beside `photo.jpg`, a line a caption.
-        existing: what to do with an image that has its captions already: leave it (so that a stopped run goes on),
-            write them anew, or add the new ones to them.
-        prefix: stands before each caption as it is.
-        trigger: a word before each caption and prefix, with a comma; for training sets that teach a new word.
-        batch_size: images in one call of the model.
-        options: keywords of `Blip2.caption`.
-    Raises:
-        ImageError: no image is found.
-        ConfigError: the arguments do not fit together.
-        DataError: the file at `out` is not one of ours, is being written by another run, or cannot be written.
-    """
-    refused = sorted({"stream", "details"} & set(options))
-    if refused:
-        raise ConfigError(f"{refused[0]} does not go with files: they hold the texts and nothing else")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-    images = image.find_images(paths)
-    before = f"{trigger}, {prefix}" if trigger else prefix
-    done = 0
-    with _sink(form, out, existing) as sink:
-        todo, failed = sink.plan(images)
-        skipped = len(images) - len(todo) - len(failed)
-        with closing(opened(todo, ahead=batch_size)) as stream:
-            for batch in batches(stream, batch_size):
-                if progress:
-                    progress(skipped + done + len(failed), len(images))
-                results = _captions(model, batch, before, options)
-                sink.write(results)
-                failures = [result for result in results if isinstance(result, Failure)]
-                failed += failures
-                done += len(results) - len(failures)
-        if progress:
-            progress(len(images), len(images))
-    return Report(done, skipped, tuple(failed))
-
-
-def opened(paths: Iterable[Path], *, ahead: int = 8, workers: int = 2) -> Generator[tuple[Path, Image.Image] | Failure]:
-    """Images in order, decoded by a few threads while the model is busy with earlier ones.
-
-    Args:
-        ahead: how many to hold ready at most.
-    """
-    pool = ThreadPoolExecutor(workers)
-    rest = iter(paths)
-    try:
-        ready: deque[Future[tuple[Path, Image.Image] | Failure]] = deque()
-        ready.extend(pool.submit(_open, path) for path in islice(rest, ahead))
-        while ready:
-            result = ready.popleft().result()
-            ready.extend(pool.submit(_open, path) for path in islice(rest, 1))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _open(path: Path) -> tuple[Path, Image.Image] | Failure:
-    try:
-        return path, image.open(path)
-    except (ImageError, MissingExtraError) as error:
-        return Failure(path, str(error))
-
-
-def batches(items: Iterable[T], size: int) -> Generator[list[T]]:
-    """Lists of so many items, the last of what is left."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
-def _captions(
-    model: Captioner, batch: Sequence[tuple[Path, Image.Image] | Failure], before: str, options: dict[str, Any]
-) -> list[Captioned | Failure]:
-    """The batch in order; an image that the model refuses fails alone."""
-    readable = [item for item in batch if not isinstance(item, Failure)]
-    try:
-        texts = model.caption([picture for _, picture in readable], **options) if readable else []
-    except ImageError as error:
-        if len(batch) == 1:
-            return [Failure(readable[0][0], str(error))]
-        return [result for item in batch for result in _captions(model, [item], before, options)]
-    rows = ((text,) if isinstance(text, str) else tuple(text) for text in texts)
-    found = {
-        path: Captioned(path, tuple(before + text for text in row))
-        for (path, _), row in zip(readable, rows, strict=True)
-    }
-    return [item if isinstance(item, Failure) else found[item[0]] for item in batch]
-
-
-# -- where captions go ------------------------------------------------------------------------------------------------
-
-
-class _Sink(Protocol):
+class Sink(Protocol):
     def plan(self, images: Sequence[Path]) -> tuple[list[Path], list[Failure]]:
         """The images to caption, and those that cannot be; the others have their captions already."""
         ...
@@ -191,7 +63,8 @@ class _Sink(Protocol):
 
 
 @contextmanager
-def _sink(form: str, out: str | os.PathLike[str] | None, existing: Existing) -> Generator[_Sink]:
+def sink(form: str, out: str | os.PathLike[str] | None, existing: Existing) -> Generator[Sink]:
+    """Where the captions of a run go; arguments as of `caption_files`."""
     if existing not in ("skip", "overwrite", "append"):
         raise ConfigError(f"existing is {existing!r}; use skip, overwrite or append")
     if form == "txt":
