@@ -20,16 +20,16 @@ from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.device import pick_device, pick_dtype
 from blip2.errors import ConfigError, PromptError
+from blip2.matching import match_all
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
-from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, present, sentence, unwrap
+from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, positive, present, sentence, unwrap
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.quantize import check_scheme
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
-PAIRS = 64  # image-text pairs in one pass of the matching head
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Blip2:
             images: one image or a list: path, bytes, PIL image, numpy array, tensor; or features, given back as is.
         Raises:
             ImageError: an image cannot be read; the message names it.
+            ConfigError: no image, or a batch of none.
         """
         if isinstance(images, ImageFeatures):
             if not len(images):
@@ -73,7 +74,7 @@ class Blip2:
             raise ConfigError("no image was given")
         transform = image.Transform(self.encoder.image_size, self.encoder.mean, self.encoder.std)
         parts: list[ImageFeatures] = []
-        for start in range(0, len(items), batch_size):
+        for start in range(0, len(items), positive(batch_size)):
             pixels = transform([image.open(item) for item in items[start : start + batch_size]])
             parts.append(self.features(pixels))
         return ImageFeatures.concatenate(parts)
@@ -89,7 +90,7 @@ class Blip2:
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = 128) -> Tensor:
         """Texts in the image-text space: float32[M, E], unit length; the cosine with an image is its best query's."""
         rows = [texts] if isinstance(texts, str) else list(texts)
-        ids = [self.text_ids(rows[i : i + batch_size]) for i in range(0, max(1, len(rows)), batch_size)]
+        ids = [self.text_ids(rows[i : i + batch_size]) for i in range(0, max(1, len(rows)), positive(batch_size))]
         return torch.cat([self.bridge.text_vectors(part) for part in ids])
 
     # -- text about images ---------------------------------------------------------------------------------------
@@ -186,9 +187,8 @@ class Blip2:
         ids = self.text_ids(rows)  # (M, T)
         vectors = self.embed_images(features).to(self.device)
         itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
-        pairs = torch.cartesian_prod(torch.arange(len(features)), torch.arange(len(rows))).reshape(-1, 2)
-        itm = torch.cat([self.match_logits(features, ids, part) for part in pairs.split(PAIRS)]).softmax(-1)[:, 1]
-        return Matches(itm.view(len(features), len(rows)), itc)
+        itm = match_all(self.bridge, features.patches, ids).softmax(-1)[..., 1]  # (N, M)
+        return Matches(itm, itc)
 
     @torch.inference_mode()
     def match_logits(self, features: ImageFeatures, ids: Tensor, pairs: Tensor) -> Tensor:
@@ -328,8 +328,8 @@ class Blip2:
         Raises:
             PromptError: fewer than two choices, or an empty one.
         """
-        if len(choices) < 2 or not all(choice.strip() for choice in choices):
-            raise PromptError("give at least two choices, none of them empty")
+        if isinstance(choices, str) or len(choices) < 2 or not all(choice.strip() for choice in choices):
+            raise PromptError(f"give a list of at least two choices, none of them empty, not {choices!r}")
         language, tokenizer = self.writer()
         ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
         ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"

@@ -12,6 +12,12 @@ from torch import Tensor
 SHORT = 64  # keys up to which torch's fused backward is slower than matrix products on a CPU, in float32 too
 
 
+def lowered(x: Tensor) -> Tensor:
+    """In the type that autocast computes in, where it is on: cast once here, not by each product that reads it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, N, D) to (B, A, N, D/A)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

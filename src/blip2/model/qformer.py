@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import QFormerConfig
-from blip2.model.attention import attend, split_heads
+from blip2.model.attention import attend, lowered, split_heads
 
 INIT_STD = 0.02  # BERT's; BLIP-2's for the queries too
 
@@ -61,10 +61,10 @@ class Look:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    def rows(self, count: int) -> Look:
-        """The first `count` rows."""
-        keys, values = ([part[:count] for part in parts] for parts in (self.keys, self.values))
-        return Look(self.hidden[:count], tuple(keys), tuple(values))
+    def rows(self, index: Tensor) -> Look:
+        """Some rows, int64[N]."""
+        keys, values = ([part.index_select(0, index) for part in parts] for parts in (self.keys, self.values))
+        return Look(self.hidden.index_select(0, index), tuple(keys), tuple(values))
 
 
 class QFormer(nn.Module):
@@ -115,7 +115,8 @@ class QFormer(nn.Module):
         """Queries and text see each other (ITM).
 
         Args:
-            sight: of B images; of any number where `images`, int64[B], says which one each text goes with.
+            sight: of B images; of fewer, each for as many texts in a row; of any number where `images`, int64[B], says
+                which one each text goes with.
             ids: int64[B, T], right-padded.
         Returns:
             float[B, Q + T, D]: the queries first.
@@ -176,10 +177,10 @@ class QFormer(nn.Module):
             yield layer, seen if seen is None or images is None else (seen[0][images], seen[1][images])
 
     def _start_queries(self, rows: int) -> Tensor:
-        return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1))  # (B, Q, D)
+        return self.dropout(lowered(self.norm(self.query_tokens)).expand(rows, -1, -1))  # (B, Q, D)
 
     def _start_text(self, ids: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]]))  # (B, T, D)
+        return self.dropout(lowered(self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]])))  # (B, T, D)
 
 
 class Layer(nn.Module):
@@ -207,14 +208,16 @@ class Layer(nn.Module):
             x: float[B, N, D], of which the first `queries` positions are queries and the rest text.
             key, value: float[B, A, M, D/A] of everything that may be seen.
             mask: bool, broadcastable to [B, A, N, M], None where all is seen.
-            seen: keys and values float[B, A, P, D/A] of the image, None where no query crosses to it here.
+            seen: keys and values float[B, A, P, D/A] of the image, None where no query crosses to it here; of fewer
+                images, each is seen by as many rows in a row.
         """
         x = self.attention(x, key, value, mask)
         seeing, text = x[:, :queries], x[:, queries:]
         parts: list[Tensor] = []
         if queries:
             if self.cross_attention is not None and seen is not None:
-                seeing = self.cross_attention(seeing, *seen, None)
+                side_by_side = seeing.reshape(len(seen[0]), -1, seeing.shape[2])  # all that read one image
+                seeing = self.cross_attention(side_by_side, *seen, None).reshape(seeing.shape)
             parts.append(self.query_feed_forward(seeing))
         if text.shape[1] and self.text_feed_forward is not None:
             parts.append(self.text_feed_forward(text))
