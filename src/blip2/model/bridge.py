@@ -74,7 +74,7 @@ class Bridge(nn.Module):
         return self._by_length(ids, lambda rows, group: self._match(sight, images[rows], group))
 
     def _match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
-        hidden = self.qformer.join(sight, ids, images)[:, : self.config.qformer.queries]  # (B, Q, D)
+        hidden = self.qformer.join(sight, ids, images, wanted=self.config.qformer.queries)  # (B, Q, D)
         return self._heads.itm_head(hidden).mean(1)
 
     def match_all(self, sight: Sight, ids: Tensor, texts: int = GROUP) -> Tensor:
@@ -92,7 +92,7 @@ class Bridge(nn.Module):
         found: list[Tensor] = []
         for rows in order.split(min(texts, GROUP)):
             group = ids[rows, : int(lengths[rows[0]])]
-            hidden = self.qformer.join(sight, group.repeat(images, 1))[:, : self.config.qformer.queries]
+            hidden = self.qformer.join(sight, group.repeat(images, 1), wanted=self.config.qformer.queries)
             found.append(self._heads.itm_head(hidden).mean(1).unflatten(0, (images, -1)))  # (N, rows, 2)
         return torch.cat(found, dim=1)[:, order.argsort()]
 

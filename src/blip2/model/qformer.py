@@ -93,7 +93,7 @@ class QFormer(nn.Module):
         return Sight(tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
 
     def look(self, sight: Sight) -> Look:
-        """Queries read the image and see no text.
+        """Queries read the image and see no text; what they carry on stays float32, small differences and all.
 
         Source: BLIP-2, section 3.1.
         """
@@ -111,36 +111,46 @@ class QFormer(nn.Module):
         """Text alone, both ways (ITC): int64[B, T], right-padded, to float[B, T, D]."""
         return self.through(self._start_text(ids), 0, self.real(ids))
 
-    def join(self, sight: Sight, ids: Tensor, images: Tensor | None = None) -> Tensor:
+    def join(self, sight: Sight, ids: Tensor, images: Tensor | None = None, *, wanted: int | None = None) -> Tensor:
         """Queries and text see each other (ITM).
 
         Args:
             sight: of B images; of fewer, each for as many texts in a row; of any number where `images`, int64[B], says
                 which one each text goes with.
             ids: int64[B, T], right-padded.
+            wanted: how many positions to give, the first of them; all where None.
         Returns:
             float[B, Q + T, D]: the queries first.
         Source: BLIP-2, section 3.2.
         """
         queries = self._start_queries(len(ids))
-        x = torch.cat([queries, self._start_text(ids)], dim=1)  # (B, Q + T, D)
+        x = lowered(torch.cat([queries, self._start_text(ids)], dim=1))  # (B, Q + T, D)
         real = torch.cat([self.real(ids).new_ones(queries.shape[:2]), self.real(ids)], dim=1)  # (B, Q + T)
-        return self.through(x, queries.shape[1], real, sight, images)
+        return self.through(x, queries.shape[1], real, sight, images, wanted)
 
     def through(
-        self, x: Tensor, queries: int, real: Tensor, sight: Sight | None = None, images: Tensor | None = None
+        self,
+        x: Tensor,
+        queries: int,
+        real: Tensor,
+        sight: Sight | None = None,
+        images: Tensor | None = None,
+        wanted: int | None = None,
     ) -> Tensor:
         """All layers, every position seeing every real one.
 
         Args:
             x: float[B, N, D], normed, of which the first `queries` positions are queries and the rest text.
             real: bool[B, N], False where a position is padding.
-            sight, images: as of `join`; None where nothing crosses to an image.
+            sight, images, wanted: as of `join`; no sight where nothing crosses to an image.
         Returns:
             float[B, N, D].
         """
         for layer, seen in self._layers_with(sight, images):
-            x = layer(x, queries, *layer.attention.keys_values(x), real[:, None, None, :], seen)
+            key, value = layer.attention.keys_values(x)
+            if layer is self.layers[-1]:
+                x = x[:, :wanted]  # nobody sees the others any more
+            x = layer(x, queries, key, value, real[:, None, None, :], seen)
         return x
 
     def write(self, look: Look, ids: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ class QFormer(nn.Module):
             yield layer, seen if seen is None or images is None else (seen[0][images], seen[1][images])
 
     def _start_queries(self, rows: int) -> Tensor:
-        return self.dropout(lowered(self.norm(self.query_tokens)).expand(rows, -1, -1))  # (B, Q, D)
+        return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1))  # (B, Q, D)
 
     def _start_text(self, ids: Tensor) -> Tensor:
         return self.dropout(lowered(self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]])))  # (B, T, D)
