@@ -5,7 +5,7 @@
 Made-up features and captions of real lengths, the same batches on both sides, the sides in turn; each side's median.
 The image encoder is frozen and its features are given. Rows:
   stage1  a Q-Former of BERT-base's width and 4 layers, 32 queries, 257 patches of ViT-g, 16 pictures a batch
-  mini    mini's own Q-Former (6 layers of 384, 16 queries, 31 patches), 64 pictures a batch
+  mini    mini's own Q-Former (6 layers of 384, 16 queries, 31 patches), 32 pictures a batch
   stage2  the first of them, and an OPT of 4 layers of 768: 8 pictures with three texts each
 All three losses of stage 1 learn from every row. Ours takes the softmax over the 7,000 words in use, the plain step
 over the whole vocabulary. Then one step of ours is profiled: where the time goes.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -58,7 +59,7 @@ ROWS: dict[str, tuple[Blip2Config, int, int]] = {  # configuration, pictures, pa
     "stage1": (Blip2Config(qformer=_QFORMER), 16, 257),
     "mini": (
         PRESETS["mini"].replace(language=None, qformer=dataclasses.replace(PRESETS["mini"].qformer, dropout=0.0)),
-        64,
+        32,
         31,
     ),
     "stage2": (Blip2Config(qformer=_QFORMER, language=_OPT), 8, 257),
@@ -210,16 +211,17 @@ def machine() -> dict[str, str]:
     return {"processor": name, "threads": str(torch.get_num_threads()), "torch": str(torch.__version__)}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: steps a second of both sides, and where ours spends its time."""
-    lines = ["| step | precision | pictures | plain, steps/s | ours, steps/s | ratio | where ours spends its time |"]
-    lines.append("|---" * 7 + "|")
-    for row in rows:
-        total = sum(row["shares"].values())
-        spent = ", ".join(f"{group} {100 * part / total:.0f}%" for group, part in row["shares"].items())
-        sides = f"{1 / row['plain']:.3f} | {1 / row['ours']:.3f} | {row['ratio']:.2f}"
-        lines.append(f"| {row['row']} | {row['precision']} | {row['pictures']} | {sides} | {spent} |")
-    return "\n".join(lines)
+HEADER = """
+| step | precision | pictures | plain, steps/s | ours, steps/s | ratio | where ours spends its time |
+|---|---|---|---|---|---|---|"""
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table in Markdown: steps a second of both sides, and where ours spends its time."""
+    total = sum(row["shares"].values())
+    spent = ", ".join(f"{group} {100 * part / total:.0f}%" for group, part in row["shares"].items())
+    sides = f"{1 / row['plain']:.3f} | {1 / row['ours']:.3f} | {row['ratio']:.2f}"
+    return f"| {row['row']} | {row['precision']} | {row['pictures']} | {sides} | {spent} |"
 
 
 def main() -> None:
@@ -231,8 +233,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows = [measure(row, precision, given.steps) for row in given.rows for precision in given.precision]
-    print(", ".join(f"{name} {value}" for name, value in machine().items()) + "\n\n" + table(rows))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()) + "\n" + HEADER, flush=True)
+    rows: list[dict[str, Any]] = []
+    for row, precision in itertools.product(given.rows, given.precision):
+        rows.append(measure(row, precision, given.steps))
+        print(line(rows[-1]), flush=True)
     if given.json:
         given.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 
