@@ -100,6 +100,14 @@ def test_choices_are_ranked_by_their_whole_likelihood(model: Blip2):
     assert ranking.best == max(zip(ranking.log_probs, ranking.choices, strict=True))[1]
     with pytest.raises(PromptError, match="at least two choices"):
         model.ask(picture(0), "what ?", choices=["yes"])
+    with pytest.raises(PromptError, match=r"a list of at least two choices.*not 'yes'"):
+        model.ask(picture(0), "what ?", choices="yes")
+
+
+def test_a_batch_of_nothing_is_an_error_that_names_it(model: Blip2):
+    for call in (lambda: model.encode([picture(0)], batch_size=0), lambda: model.embed_texts(["a dog"], batch_size=-1)):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            call()
 
 
 def test_chat_remembers_and_forgets_the_oldest_when_the_context_is_full(model: Blip2):

@@ -20,8 +20,9 @@ from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.encoding import encoded
 from blip2.errors import ConfigError, PromptError
+from blip2.matching import match_all
 from blip2.model.bridge import Bridge
-from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, present, sentence, unwrap
+from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, positive, present, sentence, unwrap
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.reading import Asked
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
@@ -30,7 +31,6 @@ from blip2.text import Tokenizer, plain
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
 ENCODED = {"cpu": 16, "mps": 16, "cuda": 64}  # images in one pass of the encoder
 WRITTEN = 16  # texts written together where a call does not say
-PAIRS = 64  # image-text pairs in one pass of the matching head
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Blip2:
                 time: an encoder is hardly faster in larger ones, and the last bits of a feature depend on it.
         Raises:
             ImageError: an image cannot be read; the message names it.
+            ConfigError: no image, or a batch of none.
         """
         if isinstance(images, ImageFeatures):
             if not len(images):
@@ -95,7 +96,7 @@ class Blip2:
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = 128) -> Tensor:
         """Texts in the image-text space: float32[M, E], unit length; the cosine with an image is its best query's."""
         rows = [texts] if isinstance(texts, str) else list(texts)
-        ids = [self.text_ids(rows[i : i + batch_size]) for i in range(0, max(1, len(rows)), batch_size)]
+        ids = [self.text_ids(rows[i : i + batch_size]) for i in range(0, max(1, len(rows)), positive(batch_size))]
         return torch.cat([self.bridge.text_vectors(part) for part in ids])
 
     # -- text about images ---------------------------------------------------------------------------------------
@@ -194,9 +195,8 @@ class Blip2:
         ids = self.text_ids(rows)  # (M, T)
         vectors = self.embed_images(features).to(self.device)
         itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
-        pairs = torch.cartesian_prod(torch.arange(len(features)), torch.arange(len(rows))).reshape(-1, 2)
-        itm = torch.cat([self.match_logits(features, ids, part) for part in pairs.split(PAIRS)]).softmax(-1)[:, 1]
-        return Matches(itm.view(len(features), len(rows)), itc)
+        itm = match_all(self.bridge, features.patches, ids).softmax(-1)[..., 1]  # (N, M)
+        return Matches(itm, itc)
 
     @torch.inference_mode()
     def match_logits(self, features: ImageFeatures, ids: Tensor, pairs: Tensor) -> Tensor:
@@ -338,8 +338,8 @@ class Blip2:
         Raises:
             PromptError: fewer than two choices, or an empty one.
         """
-        if len(choices) < 2 or not all(choice.strip() for choice in choices):
-            raise PromptError("give at least two choices, none of them empty")
+        if isinstance(choices, str) or len(choices) < 2 or not all(choice.strip() for choice in choices):
+            raise PromptError(f"give a list of at least two choices, none of them empty, not {choices!r}")
         language, tokenizer = self.writer()
         ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
         ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"

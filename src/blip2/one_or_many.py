@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from blip2 import image
 from blip2.decoding import Decoding
-from blip2.errors import PromptError
+from blip2.errors import ConfigError, PromptError
 from blip2.generate import Tokens
 from blip2.results import Generation, ImageFeatures
 from blip2.text import Tokenizer
@@ -55,6 +55,17 @@ def pair(
     if len(questions) == 1:
         return features, counts, questions * len(counts)
     raise PromptError(f"{len(counts)} images and {len(questions)} questions: give one of either, or as many of both")
+
+
+def positive(batch_size: int) -> int:
+    """How many go through together.
+
+    Raises:
+        ConfigError: none would.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+    return batch_size
 
 
 def sentence(question: str) -> str:

@@ -40,3 +40,23 @@ def test_texts_in_groups_of_like_length_are_what_each_is_alone(bridge: Bridge, l
     pairs = zip(images.split(1), rows, strict=True)
     paired = [bridge.match(bridge.see(patches[image]), torch.tensor([0]), row[None]) for image, row in pairs]
     torch.testing.assert_close(logits, torch.cat(paired), **CLOSE)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    images=st.integers(1, 4),
+    together=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_every_image_with_every_text_is_what_each_pair_is_alone(
+    bridge: Bridge, lengths: list[int], images: int, together: int, seed: int
+):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(1, 39, (length,), generator=generator) for length in lengths]
+    ids = torch.stack([F.pad(row, (0, 9 - len(row))) for row in rows])
+    patches = torch.randn(images, 5, 12, generator=generator)
+    found = bridge.match_all(bridge.see(patches), ids, together)
+
+    alone = [[bridge.match(bridge.see(one[None]), torch.tensor([0]), row[None])[0] for row in rows] for one in patches]
+    torch.testing.assert_close(found, torch.stack([torch.stack(row) for row in alone]), **CLOSE)

@@ -114,3 +114,9 @@ def test_cross_attention_stands_in_every_nth_layer_and_text_parts_only_where_wan
     assert [layer.cross_attention is not None for layer in with_text.layers] == [True, False, True]
     names = QFormer(QFormerConfig(**{**CONFIG.__dict__, "text": False})).state_dict()
     assert not [name for name in names if "text_" in name or "words" in name or "positions" in name]
+
+
+def test_the_positions_that_are_wanted_are_those_of_the_whole(qformer: QFormer):
+    image, ids = patches(3), texts(3, 6)
+    whole = qformer.join(qformer.see(image), ids)
+    torch.testing.assert_close(qformer.join(qformer.see(image), ids, wanted=4), whole[:, :4], **CLOSE)

@@ -118,3 +118,12 @@ def with_language(encoder_decoder: bool) -> Parts:
     language = tiny.TinyLanguage()
     language.encoder_decoder = encoder_decoder  # type: ignore[assignment]
     return dataclasses.replace(tiny.parts(), language=lambda: (language, tiny.tokenizer()))
+
+
+def test_a_transformer_computes_in_half_precision_where_the_run_does_and_convolutions_on_a_cpu_do_not():
+    attention = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Linear(32, 32))
+    convolutions = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Linear(4, 4))
+    for encoder, expected in ((attention, torch.bfloat16), (convolutions, torch.float32)):
+        frozen = assembly.frozen_encoder(encoder, CPU, torch.bfloat16)
+        assert {(p.dtype, p.requires_grad) for p in frozen.parameters()} == {(expected, False)}
+    assert next(assembly.frozen_encoder(attention, CPU, torch.float32).parameters()).dtype == torch.float32

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blip2.config import Blip2Config
 from blip2.errors import ConfigError
+from blip2.model.attention import lowered
 from blip2.model.heads import StageOneHeads
 from blip2.model.qformer import Look, QFormer, Sight
 
@@ -42,7 +43,7 @@ class Bridge(nn.Module):
 
     def see(self, patches: Tensor) -> Sight:
         """Images as the queries read them, whatever the text beside: float[B, P, Dv]."""
-        return self.qformer.see(self.vision_norm(patches))
+        return self.qformer.see(self.vision_norm(lowered(patches)))
 
     def look(self, sight: Sight) -> Look:
         """The queries read the images: hidden states float[B, Q, D] with their keys and values."""
@@ -78,20 +79,44 @@ class Bridge(nn.Module):
         return self._by_length(ids, lambda rows, group: self._match(sight, images[rows], group))
 
     def _match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
-        hidden = self.qformer.join(sight, ids, images)[:, : self.config.qformer.queries]  # (B, Q, D)
+        hidden = self.qformer.join(sight, ids, images, wanted=self.config.qformer.queries)  # (B, Q, D)
         return self._heads.itm_head(hidden).float().mean(1)
 
-    def _by_length(self, ids: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """`run(rows, ids[rows])` on texts of like length together, each group cut to its longest.
+    def match_all(self, sight: Sight, ids: Tensor, texts: int = GROUP) -> Tensor:
+        """The matching head on every image with every text: no image's keys are copied for its texts.
+
+        Args:
+            sight: of N images.
+            ids: int64[M, T], right-padded.
+            texts: the most that are read together, of like length.
+        Returns:
+            float32[N, M, 2], logits of (no match, match).
+        """
+        images, lengths = len(sight.keys[0]), self.qformer.real(ids).sum(1)
+        order = lengths.argsort(descending=True, stable=True)
+        found: list[Tensor] = []
+        for rows in order.split(min(texts, GROUP)):
+            group = ids[rows, : int(lengths[rows[0]])]
+            hidden = self.qformer.join(sight, group.repeat(images, 1), wanted=self.config.qformer.queries)
+            found.append(self._heads.itm_head(hidden).float().mean(1).unflatten(0, (images, -1)))  # (N, rows, 2)
+        return torch.cat(found, dim=1)[:, order.argsort()]
+
+    def groups(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Rows of like length, and their ids cut to the longest of them; all rows are in one of the groups.
 
         On a CPU padding costs as much as words, and half of a batch of captions is padding.
         """
         if ids.device.type != "cpu" or len(ids) <= 1:
-            return run(torch.arange(len(ids), device=ids.device), ids)
+            return [(torch.arange(len(ids), device=ids.device), ids)]
         lengths = self.qformer.real(ids).sum(1)
         order = lengths.argsort(descending=True, stable=True)
-        groups = [run(rows, ids[rows, : int(lengths[rows[0]])]) for rows in order.split(GROUP)]
-        return torch.cat(groups)[order.argsort()]
+        return [(rows, ids[rows, : int(lengths[rows[0]])]) for rows in order.split(GROUP)]
+
+    def _by_length(self, ids: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`run(rows, ids[rows])` on texts of like length together, in the rows' own order again."""
+        groups = self.groups(ids)
+        order = torch.cat([rows for rows, _ in groups])
+        return torch.cat([run(rows, group) for rows, group in groups])[order.argsort()]
 
     def write(self, look: Look, ids: Tensor) -> Tensor:
         """Hidden states float[B, T, D] that see the queries and the text so far; [CLS] gives way to [DEC] (ITG)."""

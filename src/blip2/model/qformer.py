@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import QFormerConfig
-from blip2.model.attention import attend, split_heads
+from blip2.model.attention import attend, lowered, split_heads
 
 INIT_STD = 0.02  # BERT's; BLIP-2's for the queries too
 
@@ -61,10 +61,10 @@ class Look:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    def rows(self, count: int) -> Look:
-        """The first `count` rows."""
-        keys, values = ([part[:count] for part in parts] for parts in (self.keys, self.values))
-        return Look(self.hidden[:count], tuple(keys), tuple(values))
+    def rows(self, index: Tensor) -> Look:
+        """Some rows, int64[N]."""
+        keys, values = ([part.index_select(0, index) for part in parts] for parts in (self.keys, self.values))
+        return Look(self.hidden.index_select(0, index), tuple(keys), tuple(values))
 
 
 class QFormer(nn.Module):
@@ -93,7 +93,7 @@ class QFormer(nn.Module):
         return Sight(tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
 
     def look(self, sight: Sight) -> Look:
-        """Queries read the image and see no text.
+        """Queries read the image and see no text; what they carry on stays float32, small differences and all.
 
         Source: BLIP-2, section 3.1.
         """
@@ -111,35 +111,46 @@ class QFormer(nn.Module):
         """Text alone, both ways (ITC): int64[B, T], right-padded, to float[B, T, D]."""
         return self.through(self._start_text(ids), 0, self.real(ids))
 
-    def join(self, sight: Sight, ids: Tensor, images: Tensor | None = None) -> Tensor:
+    def join(self, sight: Sight, ids: Tensor, images: Tensor | None = None, *, wanted: int | None = None) -> Tensor:
         """Queries and text see each other (ITM).
 
         Args:
-            sight: of B images; of any number where `images`, int64[B], says which one each text goes with.
+            sight: of B images; of fewer, each for as many texts in a row; of any number where `images`, int64[B], says
+                which one each text goes with.
             ids: int64[B, T], right-padded.
+            wanted: how many positions to give, the first of them; all where None.
         Returns:
             float[B, Q + T, D]: the queries first.
         Source: BLIP-2, section 3.2.
         """
         queries = self._start_queries(len(ids))
-        x = torch.cat([queries, self._start_text(ids)], dim=1)  # (B, Q + T, D)
+        x = lowered(torch.cat([queries, self._start_text(ids)], dim=1))  # (B, Q + T, D)
         real = torch.cat([self.real(ids).new_ones(queries.shape[:2]), self.real(ids)], dim=1)  # (B, Q + T)
-        return self.through(x, queries.shape[1], real, sight, images)
+        return self.through(x, queries.shape[1], real, sight, images, wanted)
 
     def through(
-        self, x: Tensor, queries: int, real: Tensor, sight: Sight | None = None, images: Tensor | None = None
+        self,
+        x: Tensor,
+        queries: int,
+        real: Tensor,
+        sight: Sight | None = None,
+        images: Tensor | None = None,
+        wanted: int | None = None,
     ) -> Tensor:
         """All layers, every position seeing every real one.
 
         Args:
             x: float[B, N, D], normed, of which the first `queries` positions are queries and the rest text.
             real: bool[B, N], False where a position is padding.
-            sight, images: as of `join`; None where nothing crosses to an image.
+            sight, images, wanted: as of `join`; no sight where nothing crosses to an image.
         Returns:
             float[B, N, D].
         """
         for layer, seen in self._layers_with(sight, images):
-            x = layer(x, queries, *layer.attention.keys_values(x), real[:, None, None, :], seen)
+            key, value = layer.attention.keys_values(x)
+            if layer is self.layers[-1]:
+                x = x[:, :wanted]  # nobody sees the others any more
+            x = layer(x, queries, key, value, real[:, None, None, :], seen)
         return x
 
     def write(self, look: Look, ids: Tensor) -> Tensor:
@@ -179,7 +190,7 @@ class QFormer(nn.Module):
         return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1))  # (B, Q, D)
 
     def _start_text(self, ids: Tensor) -> Tensor:
-        return self.dropout(self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]]))  # (B, T, D)
+        return self.dropout(lowered(self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]])))  # (B, T, D)
 
 
 class Layer(nn.Module):
@@ -207,14 +218,16 @@ class Layer(nn.Module):
             x: float[B, N, D], of which the first `queries` positions are queries and the rest text.
             key, value: float[B, A, M, D/A] of everything that may be seen.
             mask: bool, broadcastable to [B, A, N, M], None where all is seen.
-            seen: keys and values float[B, A, P, D/A] of the image, None where no query crosses to it here.
+            seen: keys and values float[B, A, P, D/A] of the image, None where no query crosses to it here; of fewer
+                images, each is seen by as many rows in a row.
         """
         x = self.attention(x, key, value, mask)
         seeing, text = x[:, :queries], x[:, queries:]
         parts: list[Tensor] = []
         if queries:
             if self.cross_attention is not None and seen is not None:
-                seeing = self.cross_attention(seeing, *seen, None)
+                side_by_side = seeing.reshape(len(seen[0]), -1, seeing.shape[2])  # all that read one image
+                seeing = self.cross_attention(side_by_side, *seen, None).reshape(seeing.shape)
             parts.append(self.query_feed_forward(seeing))
         if text.shape[1] and self.text_feed_forward is not None:
             parts.append(self.text_feed_forward(text))

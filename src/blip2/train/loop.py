@@ -6,6 +6,7 @@ same numbers, bit for bit on a CPU, as if it had never stopped.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -104,12 +105,17 @@ def validate(job: Job, state: State, world: World, folder: Folder, precision: Pr
         job.bridge.eval()
         with precision.autocast():
             metrics, score = job.validate()
-        if state.best is None or score > state.best[1]:
+        if state.best is None or better(score, state.best[1]):
             state.best = (state.step, score)
             if world.rank == 0:
                 checkpoint.write(folder.best, {"step": state.step, "bridge": job.bridge.state_dict()})
     if log:
         log.validation(state.step, metrics)
+
+
+def better(score: float, best: float) -> bool:
+    """Whether a score beats the best so far; any number beats one that is none."""
+    return score > best or (math.isnan(best) and not math.isnan(score))
 
 
 def finish(

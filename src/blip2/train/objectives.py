@@ -197,15 +197,19 @@ class Stage1(nn.Module):
     def _itg(self, look: Look, ids: Tensor) -> Tensor:
         """Each token from the queries and the tokens before it; padding carries no loss."""
         rows = math.ceil(self.itg_share * len(ids))
-        look, ids = look.rows(rows), ids[:rows]
-        real = self.bridge.qformer.real(ids)[:, 1:]  # (B, T - 1)
-        hidden = self.bridge.write(look, ids)[:, :-1][real]  # (M, D)
-        targets = ids[:, 1:][real]
+        states: list[Tensor] = []
+        wanted: list[Tensor] = []
+        for some, texts in self.bridge.groups(ids[:rows]):
+            real = self.bridge.qformer.real(texts)[:, 1:]  # (B', T' - 1)
+            states.append(self.bridge.write(look.rows(some), texts)[:, :-1][real])
+            wanted.append(texts[:, 1:][real])
+        hidden, targets = torch.cat(states), torch.cat(wanted)  # (M, D), (M,)
         if self.vocabulary is not None:
             targets = torch.searchsorted(self.vocabulary, targets)
         logits = self.bridge.word_logits(hidden, self.vocabulary)
         total = F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing, reduction="sum")
-        return total / self.world.mean(real.sum().float())  # a token weighs the same on every rank
+        count = torch.tensor(float(len(targets)), device=total.device)
+        return total / self.world.mean(count)  # a token weighs the same on every rank
 
     def _diversity(self, look: Look) -> Tensor:
         """How alike the queries are in what they say about an image: the mean of -log(1 - cosine^2) of any two.

@@ -118,8 +118,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     if rows % world.size:
         raise ConfigError(f"batch_size: parts of {rows} rows cannot be shared by {world.size} ranks")
     given = parts or named_parts(config)
-    exact = torch.float32 if device.type == "cpu" else half  # an encoder of convolutions gains nothing on a CPU
-    parts = dataclasses.replace(given, encoder=cache(lambda: _frozen(given.encoder(), device, exact)))
+    parts = dataclasses.replace(given, encoder=cache(lambda: frozen_encoder(given.encoder(), device, half)))
     texts = make_texts(recipe, config, parts)
     data = [read_data(source, recipe, config, parts) for source in recipe.data]
     bridge = start_bridge(recipe, config, parts.text).to(device)
@@ -137,7 +136,9 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         held_out = [
             read_data(source, recipe, config, parts, limit=recipe.validate_.limit) for source in recipe.validate_.data
         ]
-        validate = Validation(bridge, objective([*data, *held_out]), held_out, texts, rows, world, device)
+        validate = Validation(
+            bridge, objective([*data, *held_out]), held_out, texts, rows, world, device, questions=mixture.questions
+        )
     trained = objective(data)
     vocabulary = trained.vocabulary if isinstance(trained, Stage2) else None
     return Job(
@@ -280,6 +281,17 @@ def _objective(
 def _used(rows: Sequence[Sequence[int]]) -> Tensor:
     """The ids that occur, sorted; -100 is padding."""
     return torch.tensor(sorted({token for row in rows for token in row} - {-100}))
+
+
+def frozen_encoder(encoder: ImageEncoder, device: torch.device, half: torch.dtype) -> ImageEncoder:
+    """The encoder on its device; in half precision unless it is one of convolutions on a CPU, which gains nothing."""
+    exact = device.type == "cpu" and isinstance(encoder, nn.Module) and not _mostly_linear(encoder)
+    return _frozen(encoder, device, torch.float32 if exact else half)
+
+
+def _mostly_linear(module: nn.Module) -> bool:
+    linear = sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    return 2 * linear > sum(parameter.numel() for parameter in module.parameters())
 
 
 def _frozen(part: _Part, device: torch.device, half: torch.dtype) -> _Part:

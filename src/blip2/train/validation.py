@@ -5,34 +5,39 @@ Letters: N pictures, M captions, Q queries, E image-text space.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blip2.data.sources import Sample
 from blip2.evaluate.ranking import DEPTHS, belonging, ranks
 from blip2.model.bridge import Bridge
 from blip2.text import plain
-from blip2.train.data import Batches, Mixture, Texts
+from blip2.train.data import Batches, Images, Mixture, Texts
 from blip2.train.distributed import World
-from blip2.train.objectives import encode
+from blip2.train.objectives import Batch, encode
 
 if TYPE_CHECKING:
     from blip2.train.parts import Data
 
+OF_QUESTIONS = "lm of questions"
 _IMAGES, _TEXTS = 64, 256  # that go through the bridge together
 
 
 class Validation:
     """Call it for the metrics of the weights as they are, and one score of them, higher is better.
 
-    The score is minus the `lm` loss in stage 2, the mean of the recalls in stage 1.
+    The score is minus the `lm` loss in stage 2, that of captions and that of questions in the shares of training; the
+    mean of the recalls in stage 1.
 
     Args:
         objective: its losses are averaged over the held-out data, drawn in the same way each time.
         rows: of one batch, over all ranks, as in training, since contrast is harder among more.
+        questions: share of the texts of stage 2 that are question and answer.
     """
 
     def __init__(
@@ -44,30 +49,48 @@ class Validation:
         rows: int,
         world: World,
         device: torch.device,
+        *,
+        questions: float = 0.0,
     ) -> None:
-        total = sum(len(each.samples) for each in data)
-        rows = max(world.size, min(rows, total - total % world.size))
-        mixture = Mixture([(each.samples, len(each.samples)) for each in data], seed=0)
-        images = [each.images for each in data]
-        self.batches = Batches(mixture, images, texts, rows, rank=world.rank, world=world.size)
-        self.count = max(1, total // rows)
         self.bridge = bridge
         self.objective = objective
         self.data = data
         self.texts = texts
         self.world = world
         self.device = device
+        self.questions = questions
+        self.told = self._batches([(each.samples, each.images) for each in data], rows, questions=0.0)
+        asked = [part for each in data if (part := _asked(each))[0]] if questions else []
+        self.asked = self._batches(asked, rows, questions=1.0) if asked else []
+
+    def _batches(
+        self, data: Sequence[tuple[Sequence[Sample], Images]], rows: int, *, questions: float
+    ) -> list[Callable[[], Batch]]:
+        """This rank's part of each batch, read when it is called for."""
+        total, world = sum(len(samples) for samples, _ in data), self.world
+        rows = max(world.size, min(rows, total - total % world.size))
+        mixture = Mixture([(samples, len(samples)) for samples, _ in data], seed=0, questions=questions)
+        batches = Batches(mixture, [images for _, images in data], self.texts, rows, rank=world.rank, world=world.size)
+        return [partial(batches.__getitem__, number) for number in range(max(1, total // rows))]
 
     @torch.no_grad()
     def __call__(self) -> tuple[dict[str, float], float]:
-        totals: dict[str, Tensor] = {}
-        for number in range(self.count):
-            losses = self.objective(self.batches[number].to(self.device), number)
-            totals = {name: totals.get(name, 0) + self.world.mean(loss) / self.count for name, loss in losses.items()}
-        metrics = {name: float(loss) for name, loss in totals.items()}
+        metrics = self._losses(self.told)
         recalls = self._recalls() if self.texts.qformer is not None else {}
-        score = -metrics["lm"] if "lm" in metrics else sum(recalls.values()) / len(recalls)
-        return metrics | recalls, score
+        if "lm" not in metrics:
+            return metrics | recalls, sum(recalls.values()) / len(recalls)
+        loss = metrics["lm"]
+        if self.asked:
+            metrics[OF_QUESTIONS] = self._losses(self.asked)["lm"]
+            loss = (1 - self.questions) * loss + self.questions * metrics[OF_QUESTIONS]
+        return metrics | recalls, -loss
+
+    def _losses(self, batches: Sequence[Callable[[], Batch]]) -> dict[str, float]:
+        totals: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            losses = self.objective(batch().to(self.device), number)
+            totals = {name: totals.get(name, 0) + self.world.mean(loss) for name, loss in losses.items()}
+        return {name: float(loss) / len(batches) for name, loss in totals.items()}
 
     def _recalls(self) -> dict[str, float]:
         """R@k by ITC of all held-out pictures and captions, both ways."""
@@ -94,3 +117,9 @@ class Validation:
             look = self.bridge.look(self.bridge.see(encode(encoder, images)))
             parts.append(self.bridge.image_vectors(look.hidden).float())
         return parts
+
+
+def _asked(data: Data) -> tuple[list[Sample], Images]:
+    """The samples that have questions, and their images."""
+    rows = [row for row, sample in enumerate(data.samples) if sample.questions]
+    return [data.samples[row] for row in rows], lambda some, views: data.images([rows[row] for row in some], views)
