@@ -12,7 +12,6 @@ takes 16 GB of memory and some ten minutes on two cores; `--tiny` is the same at
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import resource
 import subprocess
@@ -49,7 +48,7 @@ def main() -> None:
     if chosen.side:
         compute(chosen.folder, chosen.side)
         return
-    geometry.write(TINY if chosen.tiny else as_published(PRESETS[chosen.preset]), chosen.folder)
+    geometry.write(TINY if chosen.tiny else geometry.as_published(PRESETS[chosen.preset]), chosen.folder)
     for side in ("ours", "theirs"):
         again = [sys.executable, "-m", "benchmarks.exactness", str(chosen.folder), "--side", side]
         subprocess.run(again, check=True)
@@ -60,13 +59,6 @@ def main() -> None:
     }
     show(lines, cost, as_json=chosen.json)
     sys.exit(not all(line.equal for line in lines))
-
-
-def as_published(config: Blip2Config) -> Blip2Config:
-    """A preset as transformers' checkpoints hold it: a bias for the keys too, one epsilon for the image encoder."""
-    assert isinstance(config.vision, VisionConfig)
-    vision = dataclasses.replace(config.vision, key_bias=True)
-    return config.replace(vision=vision, vision_norm_eps=vision.norm_eps, word_head=False)
 
 
 def compute(folder: Path, side: str) -> None:

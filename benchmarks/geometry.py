@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import tokenizers
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2.config import Blip2Config, OPTConfig, T5Config, VisionConfig
 from blip2.model.bridge import Bridge
@@ -41,8 +42,8 @@ def write(config: Blip2Config, directory: Path, dtype: torch.dtype = torch.bfloa
         shard[name] = tensor
     _shard(shard, where, directory)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    assert isinstance(config.language, OPTConfig | T5Config)
-    table = {f"w{number}": number for number in range(config.language.vocab_size)}
+    size = config.language.vocab_size if isinstance(config.language, OPTConfig | T5Config) else config.qformer.vocab_size
+    table = {f"w{number}": number for number in range(size)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="w3"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(directory / "tokenizer.json"))
@@ -50,21 +51,36 @@ def write(config: Blip2Config, directory: Path, dtype: torch.dtype = torch.bfloa
     (directory / "config.json").write_text(json.dumps(values))
 
 
-def picture() -> Image.Image:
+def as_published(config: Blip2Config) -> Blip2Config:
+    """A preset as transformers' checkpoints hold it: a bias for the keys too, one epsilon for the image encoder."""
+    assert isinstance(config.vision, VisionConfig)
+    vision = dataclasses.replace(config.vision, key_bias=True)
+    return config.replace(vision=vision, vision_norm_eps=vision.norm_eps, word_head=False)
+
+
+def with_layers(config: Blip2Config, layers: int | None) -> Blip2Config:
+    """A geometry with so many layers in both towers, its own number where None."""
+    if layers is None:
+        return config
+    assert isinstance(config.vision, VisionConfig)
+    config = config.replace(vision=dataclasses.replace(config.vision, layers=layers))
+    if isinstance(config.language, OPTConfig | T5Config):
+        config = config.replace(language=dataclasses.replace(config.language, layers=layers))
+    return config
+
+
+def picture(seed: int = 0) -> Image.Image:
     """Coloured noise, 320 by 240."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     return Image.fromarray(draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((320, 240))
 
 
 def _tensors(config: Blip2Config, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    assert isinstance(config.language, OPTConfig | T5Config)
     assert isinstance(config.vision, VisionConfig)
     with skeleton():
-        parts = {
-            "vision": VisionTransformer(config.vision),
-            "bridge": Bridge(config),
-            "language": build_language(config.language),
-        }
+        parts: dict[str, nn.Module] = {"vision": VisionTransformer(config.vision), "bridge": Bridge(config)}
+        if isinstance(config.language, OPTConfig | T5Config):
+            parts["language"] = build_language(config.language)
     ours = {f"{key}.{name}": tensor for key, part in parts.items() for name, tensor in part.state_dict().items()}
     drawn = (torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)) * STD).to(dtype)
     at = 0

@@ -1,0 +1,151 @@
+"""What every side of a benchmark shares: the work, what it is done on, and a process of its own for each side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks import geometry
+from blip2.bench.clock import AnonymousMemory, resident_peak, timed
+from blip2.config import PRESETS, Blip2Config
+from blip2.device import computes
+
+CPU = torch.device("cpu")
+TOKENS, BEAMS = 20, 5  # of a caption
+PROMPT = " ".join(f"w{100 + number}" for number in range(12))  # 45 positions with 32 queries and the begin token
+QUESTIONS, ANSWER_TOKENS = 10, 10
+IMAGES, TEXTS = 8, 32
+PHOTOS = 200
+WORDS = 10  # tokens that a caption of `mini` has, about: what its limit is reckoned with
+PRESET = {"opt2.7b": "pretrain_opt2.7b", "flan-t5-xl": "pretrain_flant5xl", "itm-vit-g": "pretrain"}
+MINI = "mini"
+HALF = "bfloat16" if computes(torch.bfloat16, CPU) else "float32"
+OURS: dict[str, dict[str, Any]] = {  # keywords of `load` for each precision
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": HALF, "quantize": "int8"},
+    "int4": {"dtype": HALF, "quantize": "int4"},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One side of some rows of one model, for a process of its own.
+
+    Attributes:
+        side: `ours` or `theirs`.
+        rows: that are wanted of it, in order.
+        folder: where the models lie.
+        photos: the picture files of `mini`'s rows.
+        repeats, budget: runs of a call at most, and the seconds after which no further one begins.
+    """
+
+    model: str
+    side: str
+    precision: str
+    rows: tuple[str, ...]
+    folder: str
+    threads: int
+    repeats: int = 3
+    budget: float = 30.0
+    photos: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} {self.side} {self.precision}"
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.folder, self.model)
+
+    def timed(self, call: Callable[[], Any]) -> list[float]:
+        """Seconds of the runs of a call."""
+        return [round(each, 4) for each in timed(call, CPU, self.repeats, self.budget).seconds]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Most bytes of a process: all of them, and those that no file backs."""
+
+    resident: int
+    anonymous: int
+
+
+class Watch:
+    """Memory of this process, from the start of its work."""
+
+    def __init__(self) -> None:
+        self._anonymous = AnonymousMemory()
+
+    def stop(self) -> Memory:
+        return Memory(resident_peak(), self._anonymous.start + self._anonymous.stop())
+
+
+def config(name: str, *, layers: int | None = None, tiny: Blip2Config | None = None) -> Blip2Config:
+    """The geometry of a row's model."""
+    return tiny or geometry.with_layers(geometry.as_published(PRESETS[PRESET[name]]), layers)
+
+
+def pictures(count: int = IMAGES) -> list[Image.Image]:
+    """Different pictures of coloured noise."""
+    return [geometry.picture(seed) for seed in range(count)]
+
+
+def questions() -> list[str]:
+    """Questions of 7 to 10 words, in the words of the made-up tokenizer."""
+    return [" ".join(f"w{50 + 11 * row + word}" for word in range(7 + row % 4)) + " ?" for row in range(QUESTIONS)]
+
+
+def texts() -> list[str]:
+    """Captions of 6 to 13 words, in the words of the made-up tokenizer."""
+    return [" ".join(f"w{200 + 17 * row + word}" for word in range(6 + row % 8)) for row in range(TEXTS)]
+
+
+def timed_once(call: Callable[[], Any]) -> list[float]:
+    """Seconds of one run: where it is many pictures long, it is its own average."""
+    return [round(each, 4) for each in timed(call, CPU, 1).seconds]
+
+
+def emit(row: str, **values: Any) -> None:
+    """Hand a row's result to the process that asked for it."""
+    print(json.dumps({"row": row, **values}), flush=True)
+
+
+def job() -> Job:
+    """What this process was asked for; threads are set."""
+    values: dict[str, Any] = json.loads(sys.argv[1])
+    values |= {name: tuple(values[name]) for name in ("rows", "photos")}
+    found = Job(**values)
+    torch.set_num_threads(found.threads)
+    return found
+
+
+def results(module: str, asked: Job) -> Iterator[dict[str, Any]]:
+    """Results of a job as they come; where its process fails, `error` says with what.
+
+    Args:
+        module: that does the job when it is run.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", module, json.dumps(asdict(asked))]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith('{"row"'):
+                yield json.loads(line)
+        said = process.stderr.read().strip().splitlines()
+    if process.returncode:
+        killed = f"killed by signal {-process.returncode}: out of memory?" if process.returncode < 0 else ""
+        yield {"error": killed or (said[-1] if said else f"exit code {process.returncode}")}
