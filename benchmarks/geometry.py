@@ -42,7 +42,9 @@ def write(config: Blip2Config, directory: Path, dtype: torch.dtype = torch.bfloa
         shard[name] = tensor
     _shard(shard, where, directory)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    size = config.language.vocab_size if isinstance(config.language, OPTConfig | T5Config) else config.qformer.vocab_size
+    size = (
+        config.language.vocab_size if isinstance(config.language, OPTConfig | T5Config) else config.qformer.vocab_size
+    )
     table = {f"w{number}": number for number in range(size)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="w3"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

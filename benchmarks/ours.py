@@ -85,9 +85,9 @@ def main() -> None:
     for row in job.rows:
         if row == "mini":
             caption_files(model, [Path(each) for each in job.photos[:2]])  # to warm up
-            found: list[Any] = []
-            seconds = measure.timed_once(lambda: found.append(calls["mini"]()))
-            emit(row, seconds=seconds, texts=found[0], parts=len(job.photos), whole=len(job.photos))
+            texts: list[list[str]] = []
+            seconds = measure.timed_once(lambda texts=texts: texts.append(calls["mini"]()))
+            emit(row, seconds=seconds, texts=texts[0], parts=len(job.photos), whole=len(job.photos))
         elif row in calls:
             found = calls[row]()  # to warm up, and to compare
             kind = "scores" if row == "match" else "tokens"

@@ -1,6 +1,6 @@
 """How fast, against transformers in one run: a process a side in turn, one file of weights, the same tokens.
 
-    python -m benchmarks.performance FOLDER [--rows caption,beams,...] [--photos DIR] [--again] [--quick] [--layers N]
+    python -m benchmarks.performance FOLDER --photos DIR [--rows caption,beams,...] [--precisions float32,int8]
 
 writes made-up weights at the published geometries into FOLDER where they are not there yet (OPT-2.7b 7.5 GB,
 Flan-T5-xl 8 GB, the retrieval model 2 GB), then measures row by row and keeps what it found in FOLDER/results.json: a
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tarfile
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 
 from benchmarks import geometry, measure, tables
 from benchmarks.exactness import TINY
-from benchmarks.measure import CPU, MINI, PRESET, Job
+from benchmarks.measure import CPU, MINI, Job
 from blip2 import image
 from blip2.bench import machine, work
 from blip2.config import Blip2Config
@@ -57,14 +56,14 @@ QUICK = {"repeats": 1, "budget": 0.0}
 QUICK_PHOTOS = 8
 
 
-def jobs(rows: list[str], folder: Path, photos: list[Path], threads: int) -> list[Job]:
+def jobs(rows: list[str], precisions: list[str], folder: Path, photos: list[Path], threads: int) -> list[Job]:
     """What is to be run, the sides of a model in turn."""
     wanted = [(MODEL[row], row) for row in rows if row in MODEL]
     made: list[Job] = []
     for model, group in groupby(sorted(wanted), key=lambda each: each[0]):
         asked = [row for _, row in group]
         for side, precision in SIDES:
-            if model == MINI and precision != "float32":
+            if precision not in precisions or (model == MINI and precision != "float32"):
                 continue
             some = tuple(row for row in asked if (row, precision) not in LEFT_OUT)
             files = tuple(str(path.resolve()) for path in photos) if model == MINI else ()
@@ -81,13 +80,14 @@ def run(job: Job, results: dict[str, Any], place: Path, *, again: bool) -> None:
         return
     print(f"{job.key}: {', '.join(missing)}", file=sys.stderr, flush=True)
     module = "ours" if job.side == "ours" else "plain_mini" if job.model == MINI else "theirs"
+    lost = set(missing)
     for found in measure.results(f"benchmarks.{module}", replace(job, rows=missing)):
         if "error" in found:
-            lost = [row for row in missing if row not in kept or "error" in kept[row]]
-            kept |= {row: found for row in lost}
+            kept |= dict.fromkeys(lost, found)
         else:
             row = found.pop("row")
             kept[row] = found | limit(job, row, results)
+            lost.discard(row)
         save(results, place)
 
 
@@ -181,8 +181,11 @@ def pictures(source: Path | None, folder: Path, count: int) -> list[Path]:
 
 def save(results: dict[str, Any], place: Path) -> None:
     """The results, whole or not at all."""
+    runs = ",\n".join(f"  {json.dumps(key)}: {json.dumps(kept)}" for key, kept in results["runs"].items())
+    others = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in results.items() if key != "runs"]
+    lines = [*others, f' "runs": {{\n{runs}\n }}']  # a line a process: what changed is seen
     with replacing(place) as partial:
-        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def opened(place: Path, threads: int) -> dict[str, Any]:
@@ -194,8 +197,8 @@ def opened(place: Path, threads: int) -> dict[str, Any]:
 
         own = asdict(machine.describe(CPU))
         own["versions"]["transformers"] = transformers.__version__
-        results |= {"machine": own, "rates": asdict(machine.measure(CPU))}
-    results["command"] = f"python -m benchmarks.performance {shlex.join(sys.argv[1:])}"
+        command = f"python -m benchmarks.performance FOLDER --photos DIR --threads {threads}"
+        results |= {"command": command, "machine": own, "rates": asdict(machine.measure(CPU))}
     return results
 
 
@@ -210,26 +213,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", default=",".join(ROWS), help="some of them, with commas between")
+    parser.add_argument("--precisions", default=",".join(measure.OURS), help="some of them, with commas between")
     parser.add_argument("--photos", type=Path, help="for `mini`: a folder of pictures, or of shards (.tar)")
     parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
     parser.add_argument("--quick", action="store_true", help="everything once, few pictures")
     parser.add_argument("--layers", type=int, help="of both towers")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every side")
-    parser.add_argument("--profile", choices=[row for row in tables.WORKS], help="where our time goes in a row")
+    parser.add_argument("--profile", choices=list(tables.WORKS), help="where our time goes in a row")
     parser.add_argument("--precision", choices=measure.OURS, default="float32", help="of the profile")
     chosen = parser.parse_args()
-    rows = chosen.rows.split(",")
+    rows = [chosen.profile] if chosen.profile else chosen.rows.split(",")
     if unknown := sorted(set(rows) - set(ROWS)):
         parser.error(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
-    if "mini" in rows and chosen.photos is None and "--rows" in sys.argv:
-        parser.error("the row mini captions pictures: --photos DIR")
+    if "mini" in rows and chosen.photos is None:
+        parser.error("the row mini captions pictures: give --photos DIR, or name the other rows with --rows")
     place: Path = chosen.folder / "results.json"
     chosen.folder.mkdir(parents=True, exist_ok=True)
     photos = pictures(chosen.photos, chosen.folder, QUICK_PHOTOS if chosen.quick else measure.PHOTOS)
-    rows = [row for row in rows if row != "mini" or photos]
-    if chosen.profile:
-        rows = [chosen.profile]
     for model in {MODEL[row] for row in rows if row in MODEL} - {MINI}:
         made = measure.config(model, layers=chosen.layers, tiny=tiny(model) if chosen.tiny else None)
         geometry.write(made, chosen.folder / model)
@@ -238,7 +239,7 @@ def main() -> None:
         return
     results = opened(place, chosen.threads)
     save(results, place)
-    for job in jobs(rows, chosen.folder, photos, chosen.threads):
+    for job in jobs(rows, chosen.precisions.split(","), chosen.folder, photos, chosen.threads):
         run(replace(job, **QUICK) if chosen.quick else job, results, place, again=chosen.again)
     divergence(results, chosen.folder, place)
     if "start" in rows and (chosen.again or "start" not in results):

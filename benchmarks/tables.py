@@ -110,7 +110,7 @@ def _same(found: dict[str, Any], expected: dict[str, Any], *, exactly: bool) -> 
         return "", False
     if "scores" in found:
         apart = max(abs(a - b) for a, b in zip(_paired(found), _paired(expected), strict=False))
-        return f"probabilities within {apart:.1e} of {whom}'s", exactly and apart > SCORES
+        return f"probabilities within {apart:.1e} of those of {whom}", exactly and apart > SCORES
     kind = "tokens" if "tokens" in found else "texts"
     pairs = list(zip(found[kind], expected[kind], strict=False))
     if kind == "texts":

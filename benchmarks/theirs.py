@@ -1,4 +1,4 @@
-"""transformers' side of the rows of `benchmarks.performance`: a process that loads one model in one precision and works.
+"""transformers' side of the rows of `benchmarks.performance`: one model in one precision, in a process of its own.
 
 What its users write: a picture through its image processor, `generate`, one call for each question; for matching, pairs
 of a picture and a text. Long rows are done in part.

@@ -9,7 +9,9 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 _BAR, _GAP, _LABELS, _NUMBERS = 16, 10, 250, 150  # pixels
 
 
-def curves(lines: Mapping[str, Sequence[tuple[float, float]]], axis: str = "step", size: tuple[int, int] = (720, 300)) -> str:
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]], axis: str = "step", size: tuple[int, int] = (720, 300)
+) -> str:
     """Lines of (x, y) points by name, from zero up, on one scale.
 
     Args:

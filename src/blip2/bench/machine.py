@@ -119,7 +119,7 @@ def _products(precision: str, device: torch.device) -> Iterator[Callable[[], Any
     """The ways to multiply in a precision that work here."""
     if precision == "int8":
         x, w = (torch.ones(shape, dtype=torch.int8, device=device) for shape in ((ROWS, INPUTS), (OUTPUTS, INPUTS)))
-        yield from _working(lambda: torch._int_mm(x, w.t()))
+        yield from _working(lambda: torch.ops.aten._int_mm(x, w.t()))
         return
     dtype = getattr(torch, precision)
     if not computes(dtype, device) and dtype is not torch.float32:

@@ -1,7 +1,7 @@
 """What a piece of work cannot do without: operations of its matrix products, and weights that are read at least once.
 
-Counted from a configuration alone, so that no kernel changes it; attention itself is counted in the image encoder, where
-it is 3 %, and left out elsewhere, where it is less. A limit is what the machine's measured rates make of that.
+Counted from a configuration alone, so that no kernel changes it; attention itself is counted in the image encoder,
+where it is 3 %, and left out elsewhere, where it is less. A limit is what the machine's measured rates make of that.
 
 Letters: B rows, P patches, Q queries, T text positions, D width, M width of the feed-forward, V vocabulary.
 """
@@ -165,9 +165,7 @@ class Passes:
         return sum(work.seconds(rates, precision) for work in self.passes)
 
 
-def writing(
-    config: Blip2Config, *, images: int, texts: int, prompt: int, tokens: int, beams: int
-) -> Passes | None:
+def writing(config: Blip2Config, *, images: int, texts: int, prompt: int, tokens: int, beams: int) -> Passes | None:
     """Images seen once, prompts read once each, then a token a step for every beam.
 
     Args:
