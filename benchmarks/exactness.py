@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import geometry
+from benchmarks.geometry import as_published
 from blip2.config import PRESETS, Blip2Config, OPTConfig, QFormerConfig, VisionConfig
 from blip2.weights import verify
 
@@ -48,7 +49,7 @@ def main() -> None:
     if chosen.side:
         compute(chosen.folder, chosen.side)
         return
-    geometry.write(TINY if chosen.tiny else geometry.as_published(PRESETS[chosen.preset]), chosen.folder)
+    geometry.write(TINY if chosen.tiny else as_published(PRESETS[chosen.preset]), chosen.folder)
     for side in ("ours", "theirs"):
         again = [sys.executable, "-m", "benchmarks.exactness", str(chosen.folder), "--side", side]
         subprocess.run(again, check=True)

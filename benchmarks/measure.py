@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,15 +138,18 @@ def results(module: str, asked: Job) -> Iterator[dict[str, Any]]:
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", module, json.dumps(asdict(asked))]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            if line.startswith('{"row"'):
-                yield json.loads(line)
-        said = process.stderr.read().strip().splitlines()
-    if process.returncode:
-        killed = f"killed by signal {-process.returncode}: out of memory?" if process.returncode < 0 else ""
-        yield {"error": killed or (said[-1] if said else f"exit code {process.returncode}")}
+    with tempfile.TemporaryFile("w+") as stderr:  # a pipe that nobody empties would stop the process
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"row"'):
+                    yield json.loads(line)
+        if process.returncode:
+            stderr.seek(0)
+            killed = f"killed by signal {-process.returncode}: out of memory?" if process.returncode < 0 else ""
+            yield {"error": killed or last_line(stderr.read())}
+
+
+def last_line(said: str) -> str:
+    """What a process that failed said last."""
+    return (said.strip().splitlines() or ["it said nothing"])[-1]

@@ -5,7 +5,7 @@
 writes made-up weights at the published geometries into FOLDER where they are not there yet (OPT-2.7b 7.5 GB,
 Flan-T5-xl 8 GB, the retrieval model 2 GB), then measures row by row and keeps what it found in FOLDER/results.json: a
 row that is there is not measured again without `--again`, so a run may be stopped, or done in parts. A side that fails
-is an error in the table. 17 GB of memory, and some forty minutes on two cores for all rows; `--quick` runs everything
+is an error in the table. 19 GB of memory, and some forty minutes on two cores for all rows; `--quick` runs everything
 once, `--layers` makes the towers flat (in a folder of its own). The exit code is 1 where float32 results differ from
 transformers'.
 
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -144,21 +145,24 @@ def start(results: dict[str, Any], threads: int, runs: int) -> None:
             [sys.executable, "-c", *words], capture_output=True, text=True, env=environment, check=False
         )
         if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            raise RuntimeError(measure.last_line(done.stderr))
         return done.stdout
 
-    python(START, "caption", str(PHOTO))  # the disk is warm from here on
-    process = measure.timed(lambda: python(START, "caption", str(PHOTO)), CPU, runs).seconds
-    load = [float(python(LOAD)) for _ in range(runs)]
-    results["start"] = {"process": list(process), "load": load}
+    try:
+        python(START, "caption", str(PHOTO))  # the disk is warm from here on
+        process = measure.timed(lambda: python(START, "caption", str(PHOTO)), CPU, runs).seconds
+        results["start"] = {"process": list(process), "load": [float(python(LOAD)) for _ in range(runs)]}
+    except RuntimeError as error:
+        results["start"] = {"error": str(error)}
 
 
 def training(results: dict[str, Any], threads: int) -> None:
     """The benchmark of training, which is a command of its own: its table goes with ours."""
     command = [sys.executable, "-m", "benchmarks.training", "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = done.stdout if done.returncode == 0 else f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}\n"
-    results["training"] = {"table": said}
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    failed = f"failed: {measure.last_line(done.stderr)}"
+    results["training"] = {"table": "".join(f"{line}\n" for line in (rows if done.returncode == 0 else [failed]))}
 
 
 def pictures(source: Path | None, folder: Path, count: int) -> list[Path]:
@@ -193,10 +197,8 @@ def opened(place: Path, threads: int) -> dict[str, Any]:
     results: dict[str, Any] = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {"runs": {}}
     if "rates" not in results:
         torch.set_num_threads(threads)
-        import transformers
-
         own = asdict(machine.describe(CPU))
-        own["versions"]["transformers"] = transformers.__version__
+        own["versions"]["transformers"] = version("transformers")
         command = f"python -m benchmarks.performance FOLDER --photos DIR --threads {threads}"
         results |= {"command": command, "machine": own, "rates": asdict(machine.measure(CPU))}
     return results
@@ -242,7 +244,7 @@ def main() -> None:
     for job in jobs(rows, chosen.precisions.split(","), chosen.folder, photos, chosen.threads):
         run(replace(job, **QUICK) if chosen.quick else job, results, place, again=chosen.again)
     divergence(results, chosen.folder, place)
-    if "start" in rows and (chosen.again or "start" not in results):
+    if "start" in rows and (chosen.again or "process" not in results.get("start", {})):
         start(results, chosen.threads, 1 if chosen.quick else STARTS)
     if "training" in rows and (chosen.again or "training" not in results):
         training(results, chosen.threads)
