@@ -123,6 +123,7 @@ def test_the_page_and_its_drawing_are_those_of_the_numbers(tmp_path: Path):
     assert set(re.findall(r"<!-- table: (\w+) -->", page.read_text())) == set(tables.TABLES)
 
 
+@pytest.mark.slow  # both sides load mini, one of them in transformers
 def test_the_row_of_mini_says_what_plain_transformers_says(tmp_path: Path):
     """`mini` itself, two pictures: one job a side."""
     photos = tuple(str(ROOT / "docs" / name) for name in ("palace.jpg", "cat.jpg"))
