@@ -116,7 +116,7 @@ def main() -> None:
         more: dict[str, Any] = {} if one is theirs else {"options": WAYS[given.way]}
         print(json.dumps(one(given.folder, beams=given.beams, **more)))
         return
-    geometry.write(geometry.with_layers(PRESETS["pretrain_opt2.7b"], given.layers), given.folder)
+    geometry.write(geometry.shortened(PRESETS["pretrain_opt2.7b"], given.layers), given.folder)
     warm(given.folder)
     for way in WAYS:
         found = _child(way, given.folder, given.threads, 0)
