@@ -132,7 +132,7 @@ def anonymous() -> int:
 
 
 def resident_peak() -> int:
-    """The most bytes that this process ever held, pages of mapped files among them."""
+    """The most bytes that this process ever held, pages of mapped files among them; 0 where the system is silent."""
     return _status("VmHWM")
 
 

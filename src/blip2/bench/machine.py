@@ -20,6 +20,7 @@ from blip2.device import computes
 
 READ = 2**29  # bytes that are read to measure the bandwidth: no cache holds them
 ROWS, INPUTS, OUTPUTS = 2048, 4096, 4096  # of the product that is measured: large enough to be bound by arithmetic
+LARGER = {"cuda": 4}  # times as much, where that much is over before the clock has moved
 TRIES = 4
 TELLING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
 PRECISIONS = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}  # bytes a weight
@@ -94,13 +95,14 @@ def cpu_table() -> dict[str, str]:
 
 def measure(device: torch.device) -> Rates:
     """The rates of a device: some seconds of work, and 0.6 GB of memory."""
+    larger = LARGER.get(device.type, 1)
     with torch.inference_mode():
-        bandwidth = _bandwidth(device)
+        bandwidth = _bandwidth(device, larger * READ)
         found: dict[str, float] = {}
         for precision in ("float32", "bfloat16", "int8"):
-            best = min((_best(call, device) for call in _products(precision, device)), default=None)
+            best = min((_best(call, device) for call in _products(precision, device, larger * ROWS)), default=None)
             if best is not None:
-                found[precision] = 2 * ROWS * INPUTS * OUTPUTS / best
+                found[precision] = 2 * larger * ROWS * INPUTS * OUTPUTS / best
     return Rates(bandwidth, found)
 
 
@@ -108,23 +110,25 @@ def synchronize(device: torch.device) -> None:
     """Wait for what a device was given to do; a CPU has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def _bandwidth(device: torch.device) -> float:
-    values = torch.ones(READ // 4, device=device)
-    return READ / min(_best(values.sum, device), _best(values.amax, device))
+def _bandwidth(device: torch.device, size: int) -> float:
+    values = torch.ones(size // 4, device=device)
+    return size / min(_best(values.sum, device), _best(values.amax, device))
 
 
-def _products(precision: str, device: torch.device) -> Iterator[Callable[[], Any]]:
+def _products(precision: str, device: torch.device, rows: int) -> Iterator[Callable[[], Any]]:
     """The ways to multiply in a precision that work here."""
     if precision == "int8":
-        x, w = (torch.ones(shape, dtype=torch.int8, device=device) for shape in ((ROWS, INPUTS), (OUTPUTS, INPUTS)))
+        x, w = (torch.ones(shape, dtype=torch.int8, device=device) for shape in ((rows, INPUTS), (OUTPUTS, INPUTS)))
         yield from _working(lambda: torch.ops.aten._int_mm(x, w.t()))
         return
     dtype = getattr(torch, precision)
     if not computes(dtype, device) and dtype is not torch.float32:
         return
-    x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, INPUTS), (OUTPUTS, INPUTS)))
+    x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, INPUTS), (OUTPUTS, INPUTS)))
     yield from _working(lambda: F.linear(x, w))
     if device.type == "cpu":
         yield from _working(_packed(x, w))

@@ -73,7 +73,7 @@ class Row:
 class Bench:
     """Rows are measured one by one, as they are asked for.
 
-    Args:
+    Attributes:
         precision: of the frozen parts' weights: a dtype's name, `int8` or `int4`.
         images: picture files; pictures of noise are drawn where there are none.
     """
@@ -162,7 +162,7 @@ def precision(model: Blip2, quantize: str | None) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: of the device, or of this process where it is the CPU."""
+    """The most bytes so far: of the device, or of this process where it is the CPU; 0 where the system is silent."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
 
 

@@ -70,7 +70,7 @@ def bench(
             bars.advance(TASK)
     peak = run.peak_memory(opened.device)
     _show(own, rates, precision, rows)
-    result(f"\nloaded in {loaded:.2f} s; at most {peak / 1e9:.2f} GB of memory")
+    result(f"\nloaded in {loaded:.2f} s" + (f"; at most {peak / 1e9:.2f} GB of memory" if peak else ""))
     if json is not None:
         values = {"model": model, "precision": precision, "load": loaded, "peak": peak}
         _write_json(json, values | {"machine": asdict(own), "rates": asdict(rates), "rows": [asdict(r) for r in rows]})
