@@ -26,7 +26,7 @@ WORKS = {  # row: what is done, the model, and how much faster than transformers
     "questions": ("ten questions on one image, 10 tokens each", "opt2.7b", {"float32": 5.0, "int8": 15.0}),
     "match": ("ITM of 8 images x 32 texts", "itm-vit-g", {"float32": 12.0, "int8": 25.0}),
     "t5": ("one answer, 10 tokens, 5 beams", "flan-t5-xl", {"int8": 3.0}),
-    "mini": ("200 captions from a folder, 5 beams", "mini", {"float32": 4.0}),
+    "mini": ("200 captions from a folder, 5 beams", "mini", {"float32": 4.0, "bfloat16": 4.0}),
 }
 MEMORY_ASKED = 5e9  # bytes at most, of one caption with int8
 START_ASKED, LOAD_ASKED = 5.0, 1.0  # seconds
