@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -62,6 +63,16 @@ def write_words(config: Blip2Config, directory: Path) -> None:
 def values(config: Blip2Config, dtype: torch.dtype) -> dict[str, Any]:
     """What stands in config.json."""
     return keys.values(config, stop_ids=(1,), pad_id=0, dtype=str(dtype).removeprefix("torch."))
+
+
+def shortened(config: Blip2Config, layers: int | None) -> Blip2Config:
+    """The same geometry with so many layers in each tower; as it is where None."""
+    if layers is None:
+        return config
+    assert isinstance(config.vision, VisionConfig)
+    assert isinstance(config.language, OPTConfig | T5Config)
+    vision, language = (dataclasses.replace(part, layers=layers) for part in (config.vision, config.language))
+    return config.replace(vision=vision, language=language)
 
 
 def picture() -> Image.Image:

@@ -12,13 +12,11 @@ in a folder of its own, less of it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks import geometry
-from blip2.config import PRESETS, Blip2Config, OPTConfig, VisionConfig
+from blip2.bench.clock import AnonymousMemory
+from blip2.config import PRESETS
 from blip2.decoding import BEAMS
 
 NEW_TOKENS = 10
-POLL = 0.01  # seconds
 WAYS: dict[str, dict[str, Any]] = {
     "blip2, as stored": {"dtype": "bfloat16"},
     "blip2, cast to float16": {"dtype": "float16"},
@@ -39,31 +37,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "transformers": {},
 }
 TIMED = ("blip2, as stored", "transformers")
-
-
-class AnonymousMemory:
-    """Watches what this process holds that no file backs, from now on."""
-
-    def __init__(self) -> None:
-        self.start = self.highest = _anonymous()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> int:
-        """The most since the start, in bytes more than then."""
-        self._stop.set()
-        self._thread.join()
-        return max(self.highest, _anonymous()) - self.start
-
-    def _watch(self) -> None:
-        while not self._stop.wait(POLL):
-            self.highest = max(self.highest, _anonymous())
-
-
-def _anonymous() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
 def ours(folder: Path, options: dict[str, Any], *, beams: int) -> dict[str, Any]:
@@ -128,16 +101,6 @@ def _child(way: str, folder: Path, threads: int, beams: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _config(layers: int | None) -> Blip2Config:
-    config = PRESETS["pretrain_opt2.7b"]
-    if layers is None:
-        return config
-    assert isinstance(config.vision, VisionConfig)
-    assert isinstance(config.language, OPTConfig)
-    vision, language = (dataclasses.replace(part, layers=layers) for part in (config.vision, config.language))
-    return config.replace(vision=vision, language=language)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -153,7 +116,7 @@ def main() -> None:
         more: dict[str, Any] = {} if one is theirs else {"options": WAYS[given.way]}
         print(json.dumps(one(given.folder, beams=given.beams, **more)))
         return
-    geometry.write(_config(given.layers), given.folder)
+    geometry.write(geometry.shortened(PRESETS["pretrain_opt2.7b"], given.layers), given.folder)
     warm(given.folder)
     for way in WAYS:
         found = _child(way, given.folder, given.threads, 0)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import blip2
-from blip2.cli import ask, caption, convert, embed, evaluate, info, match, search, train, verify
+from blip2.cli import ask, bench, caption, convert, embed, evaluate, info, match, search, train, verify
 from blip2.cli.console import fail
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ app.command()(info.info)
 app.command()(convert.convert)
 app.command()(verify.verify)
 app.command(short_help="Train a bridge on your own data.")(train.train)
+app.command()(bench.bench)
 app.add_typer(evaluate.app, name="evaluate")
 
 

@@ -15,7 +15,8 @@ SHORT = 64  # keys up to which torch's fused backward is slower than matrix prod
 def lowered(x: Tensor) -> Tensor:
     """In the type that autocast computes in, where it is on: cast once here, not by each product that reads it."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta tensors have none
+    return x.to(torch.get_autocast_dtype(device)) if on else x
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

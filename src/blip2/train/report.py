@@ -14,12 +14,12 @@ import torch
 import yaml
 
 import blip2
+from blip2 import drawing
 from blip2.train.folder import Folder
 from blip2.train.recipe import Recipe
 
 WINDOW = 50  # most steps that the first and the last losses are averaged over; a quarter of a short run
 _POINTS = 300  # of a drawn curve
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make(
 def write(report: Report, folder: Folder) -> None:
     """The three files, in the run's folder."""
     curves = _curves(list(folder.lines()))
-    (folder.path / "losses.svg").write_text(_svg(curves), encoding="utf-8")
+    (folder.path / "losses.svg").write_text(drawing.curves(curves), encoding="utf-8")
     values = asdict(report) | {"model": str(report.model)}
     (folder.path / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder.path / "report.md").write_text(_markdown(report), encoding="utf-8")
@@ -136,28 +136,3 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
         for name, value in _means(part).items():
             curves.setdefault(name, []).append((part[-1]["step"], value))
     return curves
-
-
-def _svg(curves: Mapping[str, Sequence[tuple[int, float]]], width: int = 720, height: int = 300) -> str:
-    """The curves over the steps, from zero up, on one scale."""
-    left, bottom = 40, height - 24
-    last = max((points[-1][0] for points in curves.values()), default=1)
-    top = max((value for points in curves.values() for _, value in points), default=1.0) or 1.0
-
-    def place(step: int, value: float) -> str:
-        return f"{left + (width - left - 8) * step / last:.1f},{bottom - (bottom - 12) * value / top:.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
-        ' font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<path d="M{left},12V{bottom}H{width - 8}" fill="none" stroke="#888"/>',
-        f'<text x="4" y="16">{top:.2f}</text><text x="4" y="{bottom}">0</text>',
-        f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">step {last}</text>',
-    ]
-    for number, (name, points) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        path = " ".join(place(step, value) for step, value in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
-        parts.append(f'<text x="{left + 12 + 70 * number}" y="{height - 8}" fill="{colour}">{name}</text>')
-    return "\n".join([*parts, "</svg>", ""])

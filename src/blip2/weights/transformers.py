@@ -56,6 +56,15 @@ def read_config(directory: Path) -> Blip2Config:
     return keys.config(read_json(path), path, open_directory(directory).names())
 
 
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer beside the weights, which are not read.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    return _tokenizer(directory, read_config(directory), read_json(directory / "config.json"))
+
+
 def load(directory: Path, device: torch.device, dtype: torch.dtype | None, memory: Memory = WHOLE) -> Blip2:
     """A model, its tensors read one by one, cast and made coarse on their way.
 

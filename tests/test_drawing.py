@@ -1,0 +1,30 @@
+"""The drawings are SVG that shows what it was given."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from blip2 import drawing
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_bars_are_as_long_as_their_numbers_within_a_group():
+    root = ElementTree.fromstring(drawing.bars({"a & b": {"fast": 1.0, "slow": 4.0}, "c": {"fast": 9.0}}))
+    widths = [float(each.get("width", 0)) for each in root.iter(f"{SVG}rect")][1:]  # the first is the page
+    assert abs(widths[1] - 4 * widths[0]) <= 0.5  # one digit after the point is written
+    assert widths[2] == widths[1]
+    assert {"a & b", "fast", "slow", "4 s"} <= {each.text for each in root.iter(f"{SVG}text")}
+
+
+def test_curves_start_at_zero_and_name_their_axis():
+    root = ElementTree.fromstring(drawing.curves({"loss": [(0, 2.0), (10, 1.0)]}, "batch", (200, 100)))
+    (line,) = root.iter(f"{SVG}polyline")
+    first, last = ([float(part) for part in point.split(",")] for point in (line.get("points") or "").split())
+    assert (first[1], last[1]) == (12.0, 44.0)  # the top, and half of the way down to the axis
+    assert "batch 10" in {each.text for each in root.iter(f"{SVG}text")}
+
+
+def test_nothing_to_draw_is_an_empty_page():
+    for page in (drawing.bars({}), drawing.curves({})):
+        assert ElementTree.fromstring(page).tag == f"{SVG}svg"
