@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -48,6 +49,16 @@ def write(config: Blip2Config, directory: Path, dtype: torch.dtype = torch.bfloa
     words.save(str(directory / "tokenizer.json"))
     values = keys.values(config, stop_ids=(1,), pad_id=0, dtype=str(dtype).removeprefix("torch."))
     (directory / "config.json").write_text(json.dumps(values))
+
+
+def shortened(config: Blip2Config, layers: int | None) -> Blip2Config:
+    """The same geometry with so many layers in each tower; as it is where None."""
+    if layers is None:
+        return config
+    assert isinstance(config.vision, VisionConfig)
+    assert isinstance(config.language, OPTConfig | T5Config)
+    vision, language = (dataclasses.replace(part, layers=layers) for part in (config.vision, config.language))
+    return config.replace(vision=vision, language=language)
 
 
 def picture() -> Image.Image:

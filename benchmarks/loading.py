@@ -12,7 +12,6 @@ in a folder of its own, less of it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import geometry
-from blip2.config import PRESETS, Blip2Config, OPTConfig, VisionConfig
+from blip2.config import PRESETS
 from blip2.decoding import BEAMS
 
 NEW_TOKENS = 10
@@ -128,16 +127,6 @@ def _child(way: str, folder: Path, threads: int, beams: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _config(layers: int | None) -> Blip2Config:
-    config = PRESETS["pretrain_opt2.7b"]
-    if layers is None:
-        return config
-    assert isinstance(config.vision, VisionConfig)
-    assert isinstance(config.language, OPTConfig)
-    vision, language = (dataclasses.replace(part, layers=layers) for part in (config.vision, config.language))
-    return config.replace(vision=vision, language=language)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -153,7 +142,7 @@ def main() -> None:
         more: dict[str, Any] = {} if one is theirs else {"options": WAYS[given.way]}
         print(json.dumps(one(given.folder, beams=given.beams, **more)))
         return
-    geometry.write(_config(given.layers), given.folder)
+    geometry.write(geometry.shortened(PRESETS["pretrain_opt2.7b"], given.layers), given.folder)
     warm(given.folder)
     for way in WAYS:
         found = _child(way, given.folder, given.threads, 0)

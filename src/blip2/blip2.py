@@ -20,9 +20,11 @@ from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.device import pick_device, pick_dtype
 from blip2.errors import ConfigError, PromptError
+from blip2.kernels import tuned
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, present, sentence, unwrap
+from blip2.packed import plain_weights
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.quantize import check_scheme
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
@@ -216,7 +218,8 @@ class Blip2:
         """
         from blip2.weights import save_model
 
-        save_model(self, Path(directory), dtype)
+        with plain_weights(self.encoder, self.bridge, self.language):
+            save_model(self, Path(directory), dtype)
 
     # -- within ----------------------------------------------------------------------------------------------------
 
@@ -359,7 +362,7 @@ def load(
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32.
         quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from
-            the file; the activations keep `dtype`.
+            the file; the activations keep `dtype`. `half` is 16 bits for CPUs that do not compute in them.
         device_map: `auto` spreads the frozen parts' blocks over `device`, the other CUDA devices and the CPU's memory,
             by what is free, and keeps the rest on disk. Or places by name, the longest that fits: {"vision": "cuda:0",
             "language.layers": 1, "language.layers.31": "disk"}; blocks are called vision.blocks.N, language.layers.N
@@ -382,7 +385,7 @@ def load(
     half = pick_dtype(dtype, place)
     memory = Memory(check_scheme(quantize), check_map(device_map))
     if str(name).endswith(lavis.SUFFIX):
-        return lavis.load(Path(str(name)), place, half, memory, parts=parts)
+        return tuned(lavis.load(Path(str(name)), place, half, memory, parts=parts), memory)
     if parts:
         raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
     if name is not None and hub.is_name(str(name)):
@@ -391,4 +394,4 @@ def load(
         raise ConfigError(f"{name}: `revision` and `token` are for models on the hub, OWNER/NAME")
     else:
         directory = model_directory(name)
-    return assemble(directory, place, half, memory)
+    return tuned(assemble(directory, place, half, memory), memory)
