@@ -55,6 +55,7 @@ def plain_sums(numbers: Tensor, weight: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
+    """int8[N, K] as oneDNN's product reads it; `to_dense` gives it back, transposed."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.ops.onednn.qlinear_prepack(weight, None)
 
