@@ -102,7 +102,9 @@ class PackedLinear(nn.Linear):
         return self._held
 
     @_parameters.setter
-    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
+    def _parameters(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, value: dict[str, nn.Parameter | None]
+    ) -> None:
         self.__dict__["_parameters"] = value
 
     def __getattr__(self, name: str) -> Any:
