@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import geometry
 from blip2.blip2 import Blip2
@@ -65,6 +65,9 @@ class Theirs:
         weights = geometry.Made.of(config, dtype, device)
         self.model.load_state_dict({name: weights.get(name) for name in weights.names()}, strict=False, assign=True)
         self.model.tie_weights()
+        head = "language_model.lm_head.weight"
+        if head in weights.names():  # T5's configuration ties it by default; `from_pretrained` leaves one that is there
+            self.model.get_submodule("language_model").lm_head.weight = nn.Parameter(weights.get(head))
         if lacking := [name for name, each in self.model.named_parameters() if each.is_meta]:
             raise RuntimeError(f"transformers wants tensors that were not made: {lacking[:5]}")
         for module in self.model.modules():  # what no checkpoint holds: position ids and the like are computed anew

@@ -23,6 +23,7 @@ from blip2.errors import ConfigError, PromptError
 from blip2.matching import match_all
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, positive, present, sentence, unwrap
+from blip2.packed import plain_weights
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.reading import Asked
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
@@ -225,7 +226,8 @@ class Blip2:
         """
         from blip2.weights import save_model
 
-        save_model(self, Path(directory), dtype)
+        with plain_weights(self.encoder, self.bridge, self.language):
+            save_model(self, Path(directory), dtype)
 
     # -- within ----------------------------------------------------------------------------------------------------
 

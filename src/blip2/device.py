@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ except ImportError:  # Windows
     resource = None
 
 _KINDS = ("cpu", "cuda", "mps")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # what people set for torch to go by
+_CPUS, _QUOTA = Path("/sys/devices/system/cpu"), Path("/sys/fs/cgroup/cpu.max")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,6 +85,51 @@ def computes(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
     return dtype is torch.bfloat16 and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def passes(test: Callable[[], bool]) -> bool:
+    """Whether a kernel passes a test; where this torch has none of that name, or refuses, it does not."""
+    try:
+        return bool(test())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@functools.cache
+def fit_threads() -> None:
+    """Let torch compute on as many threads as there are whole cores, once a process.
+
+    Two threads on one core wait for each other in every product. A number that somebody chose stays: in the
+    environment, or by `torch.set_num_threads` to anything but one for each logical processor, torch's own choice.
+    """
+    if any(name in os.environ for name in _THREADS):
+        return
+    cores = whole_cores()
+    if cores < torch.get_num_threads() and torch.get_num_threads() in (len(_processors()), os.cpu_count()):
+        torch.set_num_threads(cores)
+
+
+def whole_cores() -> int:
+    """Cores that this process may use: one for hyper-threads that share it, and no more than its control group has."""
+    found = {_core(_CPUS / f"cpu{number}" / "topology", number) for number in _processors()}
+    limit = len(found)
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        quota, period = (int(value) for value in _QUOTA.read_text().split())
+        limit = min(limit, -(-quota // period))
+    return max(limit, 1)
+
+
+def _core(topology: Path, number: int) -> tuple[str, ...]:
+    """What logical processors of one core have in common; its own number where the system does not say."""
+    try:
+        return tuple((topology / name).read_text().strip() for name in ("physical_package_id", "core_id"))
+    except OSError:
+        return (str(number),)
+
+
+def _processors() -> set[int]:
+    """Logical processors that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count() or 1)}
 
 
 def free_memory(device: torch.device) -> int:

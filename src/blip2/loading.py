@@ -14,6 +14,7 @@ from blip2.quantize import check_scheme
 
 if TYPE_CHECKING:
     from blip2.blip2 import Blip2
+    from blip2.weights.placement import Memory
 
 
 def load(
@@ -38,7 +39,7 @@ def load(
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32, on CUDA in bfloat16 where the frozen parts do.
         quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from
-            the file; the activations keep `dtype`.
+            the file; the activations keep `dtype`. `half` is 16 bits for CPUs that do not compute in them.
         compile: compile the image encoder and the Q-Former at their first call (`torch.compile`, half a minute or more
             for each of two sizes of batch), which pays over thousands of images only; not with `device_map`.
         device_map: `auto` spreads the frozen parts' blocks over `device`, the other CUDA devices and the CPU's memory,
@@ -56,8 +57,7 @@ def load(
         MissingExtraError: its frozen parts are not installed.
     """
     from blip2.compiling import compile_sight
-    from blip2.weights import lavis
-    from blip2.weights.assemble import assemble
+    from blip2.kernels import tuned
     from blip2.weights.placement import Memory, check_map
 
     place = pick_device(device)
@@ -65,17 +65,33 @@ def load(
     if compile and device_map is not None:
         raise ConfigError("compile: not with device_map, whose blocks move while they run; leave out one of the two")
     memory = Memory(check_scheme(quantize), check_map(device_map))
-    if str(name).endswith(lavis.SUFFIX):
-        model = lavis.load(Path(str(name)), place, half, memory, parts=parts)
-    elif parts:
-        raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
-    else:
-        model = assemble(_directory(name, revision, token, offline), place, half, memory)
+    model = tuned(_read(name, place, half, memory, parts, revision, token, offline), memory)
     if place.type == "cuda" and half is torch.bfloat16:  # float16's range is too small for its norms
         model.bridge.to(half)
     if compile:
         compile_sight(model)
     return model
+
+
+def _read(
+    name: str | Path | None,
+    place: torch.device,
+    half: torch.dtype,
+    memory: Memory,
+    parts: Mapping[str, str | Path] | None,
+    revision: str | None,
+    token: str | None,
+    offline: bool,
+) -> Blip2:
+    """A model as its files hold it."""
+    from blip2.weights import lavis
+    from blip2.weights.assemble import assemble
+
+    if str(name).endswith(lavis.SUFFIX):
+        return lavis.load(Path(str(name)), place, half, memory, parts=parts)
+    if parts:
+        raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
+    return assemble(_directory(name, revision, token, offline), place, half, memory)
 
 
 def _directory(name: str | Path | None, revision: str | None, token: str | None, offline: bool) -> Path:

@@ -1,8 +1,9 @@
-"""Linear layers whose weights take 8 or 4 bits; nothing else in the package knows how they multiply.
+"""Linear layers whose weights take 16, 8 or 4 bits; nothing else in the package knows how they multiply.
 
-Only weights are made coarse. int8: one scale an output channel. int4: a scale and a zero for each 64 inputs of an
-output channel. Activations lose nothing that counts, outliers among them: where the machine multiplies whole numbers,
-each row goes in as two int8 halves, 16 bits together, of its own largest value; it never depends on its neighbours.
+Only weights are made coarse. half: 16 bits, multiplied in float32. int8: one scale an output channel. int4: a scale and
+a zero for each 64 inputs of an output channel. Activations lose nothing that counts, outliers among them: where the
+machine multiplies whole numbers, each row goes in as two int8 halves, 16 bits together, of its own largest value; it
+never depends on its neighbours. An image encoder's rows without outliers go in as one, see `Int8Linear.one_half`.
 
 What a device multiplies with is found by asking it: a kernel is used where it gives the right numbers on a small
 example, else the weights are made plain piece by piece. The plain way is also the one with a gradient.
@@ -15,16 +16,32 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2.device import computes
+from blip2.device import computes, passes
 from blip2.errors import CheckpointError, ConfigError
+from blip2.model.language import Language
+from blip2.products import (
+    INT8_END,
+    by_half,
+    by_halves,
+    close,
+    multiplies_half,
+    multiplies_packed,
+    multiplies_whole_numbers,
+    pack,
+    pack_half,
+    packed_sums,
+    plain_sums,
+    reads_int8,
+    unpack_half,
+)
 
-Scheme = Literal["int8", "int4"]
+Scheme = Literal["int8", "int4", "half"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 GROUP = 64  # inputs that share a scale in int4: divides the widths of every published model
@@ -33,8 +50,7 @@ PLAIN_AT_ONCE = 2**22  # weights that are made plain at a time: 16 MB in float32
 COARSE_AT_ONCE = 2**20  # weights that are made coarse at a time: 4 MB in float32
 MANY = 192  # rows from which plain bfloat16 weights beat the kernel that reads int4
 FEW = 8  # rows up to which int8 weights read once beat a product in float32
-INT8_END, INT4_LEVELS, INT4_MIDDLE = 127, 15, 8
-HALVES = 2 * INT8_END  # steps of the second half in one of the first
+INT4_LEVELS, INT4_MIDDLE = 15, 8
 
 
 def check_scheme(name: str | None) -> Scheme | None:
@@ -48,7 +64,7 @@ def check_scheme(name: str | None) -> Scheme | None:
     for scheme in SCHEMES:
         if name == scheme:
             return scheme
-    raise ConfigError(f"quantize {name!r} is none; use {' or '.join(SCHEMES)}, or leave it out")
+    raise ConfigError(f"quantize {name!r} is none; use {', '.join(SCHEMES)}, or leave it out")
 
 
 class QuantLinear(nn.Module, ABC):
@@ -62,6 +78,7 @@ class QuantLinear(nn.Module, ABC):
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
+        self._packed: Any = None
         self.weight: Tensor
         self.scale: Tensor
         self.register_buffer("weight", weight)
@@ -87,13 +104,55 @@ class QuantLinear(nn.Module, ABC):
     def _plainly(self, x: Tensor) -> Tensor:
         return torch.cat([F.linear(x, some) for some in self.plain(x.dtype)], dim=1)
 
+    # -- packed for a CPU's products -----------------------------------------------------------------------------------
+
+    def pack(self) -> None:
+        """Lay the weights out as a CPU's product reads them, where it has such; whoever asks gets them as they were."""
+        if self._packed is None and self.weight.device.type == "cpu":
+            self._packed = self._lay_out(self.weight)
+        if self._packed is not None:
+            self._buffers.pop("weight", None)
+
+    def _lay_out(self, weight: Tensor) -> Any:  # noqa: ARG002
+        """The weights packed, None where there is no product for such."""
+        return None
+
+    def _read_back(self, packed: Any) -> Tensor:
+        """The weights of what `_lay_out` gave."""
+        return packed
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self._packed is not None:
+            return self._read_back(self._packed)
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:  # copying and pickling
+        return {**self.__dict__, "_packed": None, "_buffers": {"weight": self.weight, "scale": self.scale}}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        again, self._buffers["weight"], self._packed = self._packed is not None, self.weight, None
+        super()._apply(fn, recurse)
+        if again:
+            self.pack()
+        return self
+
 
 class Int8Linear(QuantLinear):
     """int8 weights [N, K] with scales float32[N].
 
     On CPUs that multiply whole numbers (AVX512-VNNI, AMX, AVX-VNNI) and on CUDA by torch's `_int_mm`; on other CPUs few
     rows by its `_weight_int8pack_mm`. What CUDA gives is checked as what a CPU gives.
+
+    Attributes:
+        one_half: rows whose largest value is at most `EVEN` times their root mean square go in as one int8 half: half
+            the work where rows are many, and as much rounding as the weights have.
     """
+
+    one_half = False
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
         super().__init__(weight, scale, bias)
@@ -104,16 +163,28 @@ class Int8Linear(QuantLinear):
 
     def plain(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """See `QuantLinear`."""
-        for rows in _pieces(*self.weight.shape):
-            yield self.weight[rows].float().mul_(self.scale[rows, None]).to(dtype)
+        weight = self.weight
+        for rows in _pieces(*weight.shape):
+            yield weight[rows].float().mul_(self.scale[rows, None]).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """See `QuantLinear`."""
+        if self._packed is not None:
+            sums = functools.partial(packed_sums, packed=self._packed, scale=self.scale)
+            return by_halves(x, sums, one=self.one_half)
         if self._whole_numbers:
-            return by_halves(x, self.weight) * self.scale
+            sums = functools.partial(plain_sums, weight=self.weight)
+            return by_halves(x, sums, one=self.one_half).mul_(self.scale)
         if self._few_rows and len(x) <= FEW:
             return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale.bfloat16()).float()
         return self._plainly(x)
+
+    def _lay_out(self, weight: Tensor) -> Any:
+        """As `QuantLinear`; where rows are many it would gain a twelfth and cost as much as two images."""
+        return pack(weight) if multiplies_packed() and not self.one_half else None
+
+    def _read_back(self, packed: Any) -> Tensor:
+        return packed.to_dense().T.contiguous()
 
 
 class Int4Linear(QuantLinear):
@@ -140,6 +211,33 @@ class Int4Linear(QuantLinear):
         return by_int4(x, self.weight, self.scale)
 
 
+class HalfLinear(QuantLinear):
+    """float16 weights [N, K], multiplied in float32: for CPUs that do not compute in 16 bits. The scale is 1.
+
+    Weights of a bfloat16 checkpoint keep every bit from 6e-5 on; below, a difference of 3e-8 is left.
+    """
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        end = torch.finfo(torch.float16).max
+        super().__init__(weight.half().clamp_(-end, end), torch.ones((), device=weight.device), bias)
+
+    def plain(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """See `QuantLinear`."""
+        weight = self.weight
+        for rows in _pieces(*weight.shape):
+            yield weight[rows].to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `QuantLinear`."""
+        return self._plainly(x.float()) if self._packed is None else by_half(x, self._packed)
+
+    def _lay_out(self, weight: Tensor) -> Any:
+        return pack_half(weight) if multiplies_half() else None
+
+    def _read_back(self, packed: Any) -> Tensor:
+        return unpack_half(packed)
+
+
 @torch.no_grad()
 def quantized(linear: nn.Linear, weight: Tensor, scheme: Scheme, device: torch.device) -> QuantLinear:
     """A linear layer with coarse weights.
@@ -151,6 +249,8 @@ def quantized(linear: nn.Linear, weight: Tensor, scheme: Scheme, device: torch.d
         device: that it computes on.
     """
     bias = cast("nn.Parameter | None", linear.bias)
+    if scheme == "half":
+        return HalfLinear(weight, bias)
     outputs, inputs = weight.shape
     block = (reads_int4() if device.type == "cpu" else None) or BLOCKS[0]
     if scheme == "int4" and not (inputs % GROUP or outputs % block):
@@ -169,6 +269,16 @@ def quantize_layers(module: nn.Module, scheme: Scheme, device: torch.device) -> 
             setattr(module.get_submodule(owner), leaf, quantized(child, child.weight, scheme, device))
 
 
+def quantize_head(language: Language, device: torch.device) -> None:
+    """Make the products with a language model's words coarse, in int8: a copy, what is embedded stays as it is."""
+    language.make_head = functools.partial(_int8_head, device=device)
+
+
+def _int8_head(weight: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    coarse, scale = _to_int8(weight)
+    return Int8Linear(coarse, scale, None, device)
+
+
 def in_blocks(name: str) -> bool:
     """Whether a dotted name goes through a list of blocks."""
     return any(step.isdigit() for step in name.split("."))
@@ -177,6 +287,8 @@ def in_blocks(name: str) -> bool:
 def coarse_size(shape: torch.Size, scheme: Scheme) -> int:
     """Bytes of a weight of shape (N, K) with what makes it plain again."""
     outputs, inputs = shape
+    if scheme == "half":
+        return 2 * outputs * inputs + 4
     if scheme == "int4" and not (inputs % GROUP or outputs % BLOCKS[0]):
         return outputs * inputs // 2 + 4 * outputs * inputs // GROUP
     return outputs * inputs + 4 * outputs
@@ -185,7 +297,7 @@ def coarse_size(shape: torch.Size, scheme: Scheme) -> int:
 def check_plain(module: nn.Module) -> None:
     """Raises CheckpointError where weights are coarse: no format of checkpoints holds them."""
     if any(isinstance(child, QuantLinear) for child in module.modules()):
-        raise CheckpointError("int8 and int4 weights are not written: load the model without `quantize` to save it")
+        raise CheckpointError("coarse weights are not written: load the model without `quantize` to save it")
 
 
 # -- making weights coarse ---------------------------------------------------------------------------------------------
@@ -239,24 +351,6 @@ def _pieces(outputs: int, inputs: int, of: int = 1, at_once: int = PLAIN_AT_ONCE
 # -- what a device multiplies with -------------------------------------------------------------------------------------
 
 
-def by_halves(x: Tensor, weight: Tensor) -> Tensor:
-    """Activations times int8 weights, float[M, K] and int8[N, K] to float32[M, N], in whole numbers.
-
-    A row is split into its value in steps of its largest over 127 and the rest in steps 254 times as fine: 16 bits, so
-    that a channel 60 times the others costs them nothing. The sums of whole numbers are exact.
-    """
-    count = len(x)
-    x = x.float()
-    step = (x.abs().amax(1, keepdim=True) / INT8_END).clamp(min=torch.finfo(torch.float32).tiny * HALVES)  # (M, 1)
-    high = (x / step).round()
-    low = ((x - high * step) * (HALVES / step)).round()
-    both = torch.cat([high, low]).to(torch.int8)  # (2M, K)
-    if x.is_cuda:  # its kernel takes more than 16 rows, in eights
-        both = F.pad(both, (0, 0, 0, max(32, -(-len(both) // 8) * 8) - len(both)))
-    sums = torch.ops.aten._int_mm(both, weight.T)
-    return (sums[:count] * step).add_(sums[count : 2 * count] * (step / HALVES))
-
-
 def by_int4(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Activations times int4 weights, as `Int4Linear` holds them, by torch's kernel: float[M, K] to float32[M, N]."""
     blocks, inputs, half = weight.shape
@@ -278,26 +372,6 @@ def plain_int4(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[Te
 
 
 @functools.cache
-def multiplies_whole_numbers(device: str) -> bool:
-    """Whether `torch._int_mm` is there and exact: without VNNI a CPU's sums overflow on the way."""
-    draw = torch.Generator().manual_seed(0)
-    left, right = (torch.randint(-127, 128, (32, 512), generator=draw, dtype=torch.int8) for _ in range(2))
-    left[0], left[1], right[0], right[1] = 127, -127, 127, -127
-    exact = (left.double() @ right.double().T).to(torch.int32)
-    return _tried(lambda: torch.equal(torch.ops.aten._int_mm(left.to(device), right.to(device).T).cpu(), exact))
-
-
-@functools.cache
-def reads_int8() -> bool:
-    """Whether `torch._weight_int8pack_mm` is there and right."""
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randint(-127, 128, (64, 128), generator=draw, dtype=torch.int8)
-    x, scale = torch.randn(3, 128, generator=draw).bfloat16(), torch.rand(64, generator=draw).bfloat16()
-    exact = x.float() @ (weight * scale.float()[:, None]).T
-    return _tried(lambda: _close(torch.ops.aten._weight_int8pack_mm(x, weight, scale), exact))
-
-
-@functools.cache
 def reads_int4() -> int | None:
     """How many outputs go into a block of what `torch.ops.aten._weight_int4pack_mm_for_cpu` reads; None without it."""
     draw = torch.Generator().manual_seed(0)
@@ -306,18 +380,6 @@ def reads_int4() -> int | None:
     for block in BLOCKS:
         packed = _to_int4(weight, block)
         exact = torch.cat([F.linear(x.float(), some) for some in plain_int4(*packed, torch.float32)], dim=1)
-        if _tried(lambda packed=packed, exact=exact: _close(by_int4(x, *packed), exact)):
+        if passes(lambda packed=packed, exact=exact: close(by_int4(x, *packed), exact)):
             return block
     return None
-
-
-def _tried(test: Callable[[], bool]) -> bool:
-    """Whether a kernel passes; where this torch has none of that name, or refuses, it does not."""
-    try:
-        return bool(test())
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def _close(found: Tensor, exact: Tensor) -> bool:
-    return bool((found.float() - exact).abs().max() <= 2**-6 * exact.abs().max())  # the kernels sum in bfloat16

@@ -29,6 +29,8 @@ def test_every_configuration_shows_its_parts(name: str):
     assert all(line["bridge"] == line["inference"] + 12 * trained for line in found["memory"])
     assert [line["everything"] for line in found["memory"]] == [4 * sizes[0], 2 * sizes[0], None, None]
     assert found["machine"][0]["name"] == "RAM"
+    assert list(found["kernels"]) == ["float32", "bfloat16", "half", "int8", "int4"]
+    assert all(kernel in " ".join(shown(name).split()) for kernel in found["kernels"].values())
 
 
 def test_the_published_opt_has_its_true_size_and_beside_it_what_its_card_says():

@@ -4,7 +4,8 @@ import transformers
 
 from blip2.config import VisionConfig
 from blip2.errors import ImageError
-from blip2.model.vision import VisionTransformer, quick_gelu
+from blip2.model.activations import quick_gelu
+from blip2.model.vision import VisionTransformer
 
 SMALL = {"image_size": 28, "patch_size": 7, "width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
 EVA = VisionConfig(**SMALL)

@@ -36,6 +36,7 @@ def info(
     blip2 info pretrain_flant5xl --json
     ```
     """
+    from blip2 import kernels
     from blip2.weights.assemble import named_config
     from blip2.weights.inventory import largest_of, memory_of, parts_of, places
 
@@ -43,7 +44,7 @@ def info(
     parts = parts_of(config)
     memory, here = memory_of(config, parts), places()
     if json:
-        result_json(_values(parts, memory, here))
+        result_json({**_values(parts, memory, here), "kernels": kernels.chosen()})
         return
     rows = [(part.role, part.name, _count(part.parameters), "yes" if part.trained else "frozen") for part in parts]
     if memory:
@@ -57,6 +58,8 @@ def info(
         _show_memory(memory, here)
     else:
         note("The parameters of some parts are known to their own library only; there is no total.")
+    result("")
+    table(("weights", "products with them on this CPU"), list(kernels.chosen().items()))
     for part in parts:
         result(f"\n{part.name}\n  licence: {part.notice.licence}\n  risks: {part.notice.risks}")
 

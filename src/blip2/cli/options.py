@@ -27,7 +27,9 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="Of the frozen parts' blocks: int8 or int4 weights.", rich_help_panel="Machine", show_default=False
+        help="Of the frozen parts' blocks: int8, int4 or half (16-bit) weights.",
+        rich_help_panel="Machine",
+        show_default=False,
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images in one pass.", rich_help_panel="Machine")]

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2.config import QFormerConfig
+from blip2.model.activations import gelu
 from blip2.model.attention import attend, lowered, split_heads
 
 INIT_STD = 0.02  # BERT's; BLIP-2's for the queries too
@@ -268,7 +268,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        return self.norm(x + self.dropout(self.down(gelu(self.up(x)))))
 
 
 def _initialise(module: nn.Module) -> None:

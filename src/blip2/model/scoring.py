@@ -111,6 +111,7 @@ class HeadRows:
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+        self._product: tuple[Tensor | None, Tensor, tuple[object, ...], Callable[[Tensor], Tensor]] | None = None
 
     def __call__(self, vocabulary: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """float[K, D], and float[K] or None."""
@@ -121,3 +122,15 @@ class HeadRows:
                 kept = vocabulary, weight, weight.index_select(0, vocabulary), some
             self._kept = kept
         return kept[2:]
+
+    def product(
+        self, vocabulary: Tensor | None, weight: Tensor, make: Callable[[Tensor], Callable[[Tensor], Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        """What `make` gives of the weights of some tokens, or of all."""
+        kept, kind = self._product, (weight.dtype, weight.device, make)  # a parameter that is moved is the same one
+        if kept is None or kept[0] is not vocabulary or kept[1] is not weight or kept[2] != kind:
+            with torch.inference_mode(False):
+                some = weight.detach() if vocabulary is None else weight.detach().index_select(0, vocabulary)
+                kept = vocabulary, weight, kind, make(some)
+            self._product = kept
+        return kept[3]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blip2.config import VisionConfig
 from blip2.errors import ImageError
+from blip2.model.activations import gelu, quick_gelu
 from blip2.model.attention import attend, split_heads
 
 
@@ -89,7 +90,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
         self.up = nn.Linear(config.width, config.mlp_width)
         self.down = nn.Linear(config.mlp_width, config.width)
-        self.activation = F.gelu if config.activation == "gelu" else quick_gelu
+        self.activation = gelu if config.activation == "gelu" else quick_gelu
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))  # (B, P, D)
@@ -116,8 +117,3 @@ class Attention(nn.Module):
             query, value = query + self.query_bias, value + self.value_bias
         query, key, value = (split_heads(part, self.heads) for part in (query, key, value))  # each (B, A, P, D/A)
         return self.out(attend(query, key, value))
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), the approximation that CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)

@@ -26,6 +26,7 @@ from blip2.files import replacing
 from blip2.model.qformer import QFormer
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
+from blip2.packed import plain_weights
 from blip2.weights import transformers as format
 
 
@@ -247,7 +248,8 @@ class Seeing(PreTrainedModel):
         """
         places.refuse(words, "save_pretrained")
         place = Path(directory)
-        format.save(self._model, place)
+        with plain_weights(self):
+            format.save(self._model, place)
         written = format.read_json(place / "config.json")
         same = {name: written[name] for name in ("architectures", "dtype")}  # of the weights as they are now
         with replacing(place / "config.json") as partial:

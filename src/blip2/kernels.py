@@ -1,0 +1,65 @@
+"""What a loaded model multiplies with on this machine: chosen when it is loaded, and told to whoever asks.
+
+`packed` and `quantize` ask the device what it has; here is when they do, and what came of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from blip2.device import computes, fit_threads
+from blip2.model.language import Language
+from blip2.packed import pack_layers, reads_packed
+from blip2.products import multiplies_half, multiplies_packed, multiplies_whole_numbers, reads_int8
+from blip2.quantize import Int8Linear, quantize_head, reads_int4
+
+if TYPE_CHECKING:
+    from blip2.blip2 import Blip2
+    from blip2.weights.placement import Memory
+
+CPU = torch.device("cpu")
+
+
+def tuned(model: Blip2, memory: Memory) -> Blip2:
+    """The same model with a head as coarse as its blocks, and on a CPU with its weights laid out for products.
+
+    Args:
+        memory: as it was loaded; what was given a place, on disk perhaps, stays as it is.
+    """
+    if memory.quantize in ("int8", "int4") and isinstance(model.language, nn.Module):
+        for part in model.language.modules():
+            if isinstance(part, Language):
+                quantize_head(part, model.device)
+    if model.device.type == "cpu" and isinstance(model.encoder, nn.Module):
+        for part in model.encoder.modules():
+            if isinstance(part, Int8Linear):
+                part.one_half = True  # its rows are many, and no word hangs on one of them
+    if model.device.type == "cpu":
+        fit_threads()
+    if model.device.type == "cpu" and memory.device_map is None:
+        pack_layers(model.encoder, model.bridge, model.language)
+    return model
+
+
+def chosen() -> dict[str, str]:
+    """What this CPU multiplies the weights of each precision with, in words."""
+    plainly = "made plain piece by piece"
+    whole = "packed by oneDNN, " if multiplies_packed() else ""
+    few = "weight-only kernel for few rows, " if reads_int8() else ""
+    block = reads_int4()
+    return {
+        "float32": "packed by oneDNN" if reads_packed(torch.float32) else "as stored",
+        "bfloat16": _half(),
+        "half": "fbgemm, float32 activations" if multiplies_half() else plainly,
+        "int8": whole + "activations in two halves of 8 bits" if multiplies_whole_numbers("cpu") else few + plainly,
+        "int4": f"weight-only kernel, blocks of {block}" if block else plainly,
+    }
+
+
+def _half() -> str:
+    if not computes(torch.bfloat16, CPU):
+        return "emulated: float32 is faster here"
+    return "packed by oneDNN" if reads_packed(torch.bfloat16) else "as stored"
