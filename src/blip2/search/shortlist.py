@@ -1,0 +1,155 @@
+"""Candidates among very many images, by FAISS: inverted lists of 8-bit vectors, a vector of an image an entry.
+
+A text is one vector, so the images that hold its nearest vectors are the nearest images; they are compared exactly
+afterwards. An entry's number is `serial * Q + query`, which stays true while segments are merged.
+
+Letters: N images, Q queries an image, E width of the image-text space.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2.errors import DataError
+from blip2.files import replacing
+from blip2.search.nearest import Query
+from blip2.search.store import Collection, Segment, Shortlist, Store
+
+SCAN_LIMIT = 320_000  # vectors that are compared one by one within 20 ms: 10,000 images of 32, 20,000 of 16
+CELLS_PER_ROOT = 4  # cells: so many times the square root of the number of vectors, as FAISS advises
+TRAINING = 64  # vectors a cell that its place is learned from
+PROBES = 32  # cells that are looked into
+GROWTH = 4  # cells are chosen anew when there are so many times the vectors
+ADDED = 4096  # images in memory at once
+
+_log = logging.getLogger(__name__)
+
+
+def faiss() -> Any | None:
+    """The library, where it is installed."""
+    try:
+        import faiss as library
+    except ImportError:
+        return None
+    return library
+
+
+def renewed(store: Store, collection: Collection) -> Collection:
+    """The collection with a shortlist that covers it, where it is large enough to need one; written.
+
+    Raises:
+        DataError: the disk is full or cannot be written.
+    """
+    vectors = sum(segment.vectors.shape[0] * segment.vectors.shape[1] for segment in collection.segments)
+    rest = _beyond(collection.segments, collection.shortlist.upto if collection.shortlist else 0)
+    behind = sum(segment.vectors.shape[0] * segment.vectors.shape[1] for segment, _ in rest)
+    if vectors <= SCAN_LIMIT or behind <= SCAN_LIMIT // 2:
+        return collection
+    library = faiss()
+    if library is None:
+        _log.warning(
+            '%s: has %d vectors, which are compared one by one; pip install "blip2[search]" makes it faster',
+            store.directory, vectors,
+        )  # fmt: skip
+        return collection
+    known = collection.shortlist
+    if known is None or vectors > GROWTH * known.trained:
+        index, trained = _trained(library, collection.segments, vectors), vectors
+        rest = _beyond(collection.segments, 0)
+    else:
+        index, trained = opened(store.directory, known, mapped=False), known.trained
+    _add(index, rest)
+    path = store.directory / f"{secrets.token_hex(8)}.faiss"
+    try:
+        with replacing(path) as partial:
+            library.write_index(index, str(partial))
+        shortlist = Shortlist(path.name, path.stat().st_size, collection.next_serial, trained)
+    except (OSError, RuntimeError) as error:  # what faiss raises on a full disk
+        raise DataError(f"{path}: cannot be written ({error}); make room, and run again") from error
+    return store.write(replace(collection, shortlist=shortlist))
+
+
+def opened(directory: Path, shortlist: Shortlist, *, mapped: bool = True) -> Any:
+    """The FAISS index, read where it lies on the disk unless it is to grow.
+
+    Raises:
+        DataError: it is missing or damaged.
+        ModuleNotFoundError: faiss is not installed.
+    """
+    import faiss as library
+
+    path = directory / shortlist.name
+    try:
+        if path.stat().st_size != shortlist.size:
+            raise RuntimeError("has another size than when it was written")
+        return library.read_index(str(path), library.IO_FLAG_MMAP if mapped else 0)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: is missing or damaged ({error}); remove the index and make it again") from error
+
+
+def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64] | None, k: int) -> NDArray[np.int64]:
+    """Serials of images near to a query, in no order; some k and more.
+
+    Args:
+        queries: vectors an image has.
+        wanted: serials to choose from, all where None.
+    """
+    import faiss as library
+
+    selector = None
+    if wanted is not None:
+        bits = np.zeros((int(wanted[-1]) + 1 if len(wanted) else 0) * queries, bool)
+        bits.reshape(-1, queries)[wanted] = True
+        selector = library.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
+    parameters = library.SearchParametersIVF(nprobe=PROBES, sel=selector)
+    found = [
+        index.search(part.reshape(-1, part.shape[-1]).numpy(), _depth(k, queries), params=parameters)[1].reshape(-1)
+        for _, part in query.parts
+    ]
+    entries = np.concatenate(found)
+    return np.unique(entries[entries >= 0] // queries)
+
+
+def _depth(k: int, queries: int) -> int:
+    """Entries to ask for: an image may take several places."""
+    return min(2048, max(256, 4 * k * queries))  # FAISS allows any; beyond, the exact comparison costs more
+
+
+def _trained(library: Any, segments: Sequence[Segment], vectors: int) -> Any:
+    width = segments[0].vectors.shape[-1]
+    cells = 2 ** round(math.log2(CELLS_PER_ROOT * math.sqrt(vectors)))
+    index = library.IndexIVFScalarQuantizer(
+        library.IndexFlatIP(width), width, cells,
+        library.ScalarQuantizer.QT_8bit, library.METRIC_INNER_PRODUCT,
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+    share = min(1.0, TRAINING * cells / vectors)
+    sample = [
+        segment.vectors.view(-1, width)[draw.random(segment.vectors.shape[0] * segment.vectors.shape[1]) < share]
+        for segment in segments
+    ]
+    index.train(np.concatenate([part.float().numpy() for part in sample]))
+    return index
+
+
+def _beyond(segments: Sequence[Segment], upto: int) -> list[tuple[Segment, NDArray[np.int64]]]:
+    """Segments with the rows whose serials are not below `upto`."""
+    found = [(segment, np.flatnonzero(segment.serials >= upto)) for segment in segments]
+    return [(segment, rows) for segment, rows in found if len(rows)]
+
+
+def _add(index: Any, rest: Sequence[tuple[Segment, NDArray[np.int64]]]) -> None:
+    for segment, rows in rest:
+        queries, width = segment.vectors.shape[1:]
+        for some in np.array_split(rows, math.ceil(len(rows) / ADDED)):
+            ids = segment.serials[some][:, None] * queries + np.arange(queries)
+            index.add_with_ids(segment.vectors[some].float().numpy().reshape(-1, width), ids.reshape(-1))

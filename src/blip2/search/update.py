@@ -1,0 +1,156 @@
+"""An index brought up to date: what is new or changed is encoded, what is gone leaves.
+
+Letters: B images, Q queries an image, E width of the image-text space, P patches, D their width.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip2 import image
+from blip2.bulk import Failure, Progress, batches, opened
+from blip2.errors import ImageError
+from blip2.results import ImageFeatures, Matches
+from blip2.search.store import Collection, File, Store, tidied
+
+COMMIT_SECONDS = 10.0  # of work that a kill can cost
+COMMIT_BYTES = 64 << 20  # of vectors and patches that wait to be written
+
+Paths: TypeAlias = Iterable[str | os.PathLike[str]]
+
+
+class Embedder(Protocol):
+    """What is asked of a model; `Blip2` has it all."""
+
+    @property
+    def identity(self) -> str: ...
+    def encode(self, images: Any) -> ImageFeatures: ...
+    def embed_images(self, images: Any) -> Tensor: ...
+    def embed_texts(self, texts: Any) -> Tensor: ...
+    def unread(self, text: str) -> int: ...
+    def match(self, images: Any, texts: Any) -> Matches: ...
+
+
+def refreshed(
+    model: Embedder,
+    collection: Collection,
+    paths: Paths,
+    store: Store | None,
+    batch_size: int,
+    progress: Progress | None,
+) -> Collection:
+    """The collection of its roots and these paths as they are now, written as it grows where there is a store.
+
+    Raises:
+        ImageError: a path does not exist, or nothing is found anywhere.
+        DataError: the store cannot be written.
+    """
+    roots, files = _found(collection, [os.path.abspath(path) for path in paths])  # noqa: PTH100  (keeps links)
+    stamps = {path: _stamp(path) for path in files}
+    known = collection.files()
+    todo = [path for path in files if known.get(path) != stamps[path]]
+    gone = set(known) - set(files)
+    if not todo and not gone and roots == collection.roots and not collection.failed:
+        return collection
+    started = replace(collection.without(gone), roots=roots, failed=())
+    work = _Work(model, started, store)
+    before = len(files) - len(todo)
+    try:
+        with closing(opened(map(Path, todo), ahead=batch_size)) as stream:
+            for batch in batches(stream, batch_size):
+                if progress:
+                    progress(before, len(files))
+                work.add(batch, stamps)
+                before += len(batch)
+    finally:
+        work.commit()
+    if progress:
+        progress(len(files), len(files))
+    return work.collection
+
+
+def _found(collection: Collection, given: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """All roots, and the files that they stand for, in order."""
+    roots = tuple(dict.fromkeys([*collection.roots, *given]))
+    found = {os.path.abspath(path) for path in image.find_images(given)} if given else set[str]()  # noqa: PTH100
+    for root in collection.roots:
+        try:
+            found.update(os.path.abspath(path) for path in image.find_images([root]))  # noqa: PTH100
+        except ImageError:  # nothing is there any more
+            if not os.path.lexists(root) and not glob.has_magic(root):  # nor the folder: its disk may be unplugged
+                found.update(path for path in collection.files() if path.startswith(os.path.join(root, "")))  # noqa: PTH118
+    if not found:
+        raise ImageError(f"{', '.join(roots) or 'an empty list of paths'}: no images found")
+    return roots, sorted(found, key=Path)
+
+
+def _stamp(path: str) -> File:
+    try:
+        status = os.stat(path)  # noqa: PTH116  (names of any bytes)
+    except OSError:  # a broken link: opening it will say so
+        return path, -1, -1
+    return path, status.st_size, status.st_mtime_ns
+
+
+@dataclass
+class _Work:
+    """A collection, and what was encoded since it was last written."""
+
+    model: Embedder
+    collection: Collection
+    store: Store | None
+    files: list[File] = field(default_factory=list[File])
+    vectors: list[Tensor] = field(default_factory=list[Tensor])  # float16[B, Q, E] each
+    patches: list[Tensor] = field(default_factory=list[Tensor])  # float16[B, P, D] each
+    failed: list[Failure] = field(default_factory=list[Failure])
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, batch: Sequence[tuple[Path, Image.Image] | Failure], stamps: dict[str, File]) -> None:
+        self.failed += [item for item in batch if isinstance(item, Failure)]
+        self._encode([item for item in batch if not isinstance(item, Failure)], stamps)
+        waiting = sum(part.nbytes for part in (*self.vectors, *self.patches))
+        if self.store and (waiting >= COMMIT_BYTES or time.monotonic() - self.since >= COMMIT_SECONDS):
+            self.commit()
+
+    def _encode(self, readable: Sequence[tuple[Path, Image.Image]], stamps: dict[str, File]) -> None:
+        if not readable:
+            return
+        try:
+            features = self.model.encode([picture for _, picture in readable])
+            vectors = self.model.embed_images(features)
+        except ImageError as error:  # one that the model refuses fails alone
+            if len(readable) == 1:
+                self.failed.append(Failure(readable[0][0], str(error)))
+            else:
+                for item in readable:
+                    self._encode([item], stamps)
+            return
+        self.files += [stamps[str(path)] for path, _ in readable]
+        self.vectors.append(vectors.half().cpu())
+        if self.collection.keeps_patches:
+            self.patches.append(features.patches.half().cpu())
+
+    def commit(self) -> None:
+        collection = self.collection
+        if self.files:
+            patches = torch.cat(self.patches) if self.patches else None
+            collection = collection.plus(self.files, torch.cat(self.vectors), patches)
+        broken = {str(failure.image) for failure in self.failed}
+        collection = replace(collection.without(broken), failed=tuple(self.failed))
+        if self.store:
+            self.collection = self.store.write(collection)
+        else:
+            self.collection = replace(collection, segments=tidied(collection.segments))
+        self.files, self.vectors, self.patches = [], [], []
+        self.since = time.monotonic()
