@@ -48,10 +48,20 @@ class Figure:
 def document(title: str, note: str, figures: Iterable[Figure]) -> str:
     """A page of pictures, whole: HTML in which every given text is only text."""
     body = "".join(_figure(figure) for figure in figures)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
+    return page(title, f"<p>{text(note)}</p>\n<main>\n{body}</main>")
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole page of our own HTML.
+
+    Args:
+        body: what stands below the title; every text in it has gone through `text`.
+        style: CSS after that of all pages.
+    """
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{text(title)}</title>'
     return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n'
-        f"<body><h1>{_text(title)}</h1><p>{_text(note)}</p>\n<main>\n{body}</main></body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}{style}</style></head>\n'
+        f"<body><h1>{text(title)}</h1>{body}</body></html>\n"
     )
 
 
@@ -71,12 +81,12 @@ def file_link(path: Path) -> str:
 
 def _figure(figure: Figure) -> str:
     source = f' src="{thumbnail(figure.picture)}"' if figure.picture is not None else ""
-    picture = f'<img alt="{_text(figure.caption)}"{source}>'
-    caption = f"<figcaption><b>{_text(figure.value)}</b> {_text(figure.caption)}</figcaption>"
-    shown = f'<a href="{_text(figure.link)}">{picture}</a>' if figure.link else picture
+    picture = f'<img alt="{text(figure.caption)}"{source}>'
+    caption = f"<figcaption><b>{text(figure.value)}</b> {text(figure.caption)}</figcaption>"
+    shown = f'<a href="{text(figure.link)}">{picture}</a>' if figure.link else picture
     return f"<figure>{shown}{caption}</figure>\n"
 
 
-def _text(text: str) -> str:
+def text(raw: str) -> str:
     """Safe in HTML and in its attributes; file names need not be Unicode."""
-    return html.escape(text.encode("utf-8", "replace").decode())
+    return html.escape(raw.encode("utf-8", "replace").decode())
