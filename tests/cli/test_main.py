@@ -16,7 +16,7 @@ import blip2
 from blip2.cli import app
 
 COMMANDS = ("caption", "ask", "chat", "match", "embed", "search", "info", "convert", "verify", "train", "evaluate")
-EVALUATIONS = ("retrieval", "captions", "answers")
+EVALUATIONS = ("caption", "vqa", "gqa", "retrieval")
 START = "from blip2.cli import main; main()"
 
 

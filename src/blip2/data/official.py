@@ -14,7 +14,6 @@ from typing import Any, Literal
 from blip2.errors import DataError
 
 FOLDERS = ("", "images", "train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
-_JOINED = {"train": ("train", "restval")}  # Karpathy's rest of COCO's val2014 is trained on
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,10 @@ def karpathy(source: Path, images: Path, split: str | None) -> Iterator[Entry]:
     there = sorted({row[0] for row in rows})
     if split not in there:
         raise DataError(f"{source}: needs a split, one of {', '.join(there)}, not {split!r}")
+    parts = ("train", "restval") if split == "train" else (split,)  # the rest of COCO's val2014 is trained on
     folders = [images / name for name in FOLDERS]
     for part, coco_id, folder, name, captions in rows:
-        if part not in _JOINED.get(split, (split,)):
+        if part not in parts:
             continue
         key = Path(name).stem if coco_id is None else str(coco_id)
         place = f"{source}: image {key}"

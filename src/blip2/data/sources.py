@@ -92,12 +92,12 @@ def read(
         raise DataError(f"{path}: data of format {found!r} has no splits; leave `split` out and name the files instead")
     if images is not None and not named:
         raise DataError(f"{path}: a folder of pictures is for .json files; data of format {found!r} knows its own")
-    place = Path(path).parent if images is None else Path(images)
+    folder = Path(path).parent if images is None else Path(images)
     readers: dict[str, Callable[[], Iterable[tuple[str, Sample]]]] = {
         "webdataset": lambda: _webdataset(str(path)),
         "flickr8k": lambda: _flickr8k(Path(path), split),
-        "coco": lambda: _official(official.coco(*_coco(Path(path), split, place)), unlabelled),
-        "karpathy": lambda: _official(official.karpathy(Path(path), place, split), unlabelled),
+        "coco": lambda: _official(official.coco(*_coco(Path(path), split, folder)), unlabelled),
+        "karpathy": lambda: _official(official.karpathy(Path(path), folder, split), unlabelled),
         "table": lambda: _table(Path(path)),
         "folder": lambda: _folder(Path(path)),
         "classes": lambda: _classes(Path(path), templates),

@@ -84,7 +84,9 @@ def vqa(questions: Path, annotations: Path | None, images: Path) -> list[Questio
                 image = ImageRef(official.picture(place, folders, names))
                 found[str(key)] = Question(str(key), key, str(picture), image, text.strip(), answers, kinds)
             case _:
-                raise DataError(f"{questions}: a question with `question_id`, `image_id` and words is expected: {row!r}")
+                raise DataError(
+                    f"{questions}: a question with `question_id`, `image_id` and words is expected: {row!r}"
+                )
     return _some(questions, found)
 
 

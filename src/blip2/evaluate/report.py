@@ -1,4 +1,4 @@
-"""What an evaluation came to, as one page: the numbers, how they were made, and the worst and best cases with pictures."""
+"""What an evaluation came to, as one page: numbers, how they were made, the worst and the best cases with pictures."""
 
 from __future__ import annotations
 
@@ -121,7 +121,10 @@ def of_ranking(samples: Sequence[Sample], found: Ranked) -> dict[str, list[Case]
 
     worst = np.argsort(-of_texts, kind="stable")[:CASES].tolist()
     best = np.argsort(of_images, kind="stable")[:CASES].tolist()
-    return {"captions that find their picture last": list(map(lost, worst)), "pictures that find their caption first": list(map(seen, best))}
+    return {
+        "captions that find their picture last": list(map(lost, worst)),
+        "pictures that find their caption first": list(map(seen, best)),
+    }
 
 
 def _ends(scores: Floats, sureness: Sequence[float], case: Callable[[int], Case]) -> dict[str, list[Case]]:

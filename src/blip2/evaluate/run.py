@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from blip2.data.sources import ImageRef, Prototype, Sample
 from blip2.errors import DataError, ImageError
 from blip2.evaluate.kept import Kept
 from blip2.evaluate.protocols import Ranking
-from blip2.evaluate.ranking import Recall, belonging, rerank, retrieval
+from blip2.evaluate.ranking import Recall, belonging, ranks, rerank, retrieval
 from blip2.results import ImageFeatures
 from blip2.text import plain, published_caption
 
@@ -60,7 +61,9 @@ def published_texts(samples: Sequence[Sample]) -> tuple[list[str], NDArray[np.bo
     Returns:
         M texts, and bool[N, M].
     """
-    pairs = [(published_caption(caption), number) for number, sample in enumerate(samples) for caption in sample.captions]
+    pairs = [
+        (published_caption(caption), number) for number, sample in enumerate(samples) for caption in sample.captions
+    ]
     owners = np.array([number for _, number in pairs], dtype=np.int64)
     return [text for text, _ in pairs], belonging(owners, len(samples))
 
@@ -156,6 +159,21 @@ class Ranked:
     for_images: NDArray[np.floating]
     for_texts: NDArray[np.floating]
 
+    def best(self, samples: Sequence[Sample], depth: int = 10) -> list[dict[str, Any]]:
+        """Of each text and of each picture, in values of JSON, what stands first and where its own stands, from 1."""
+        rows: list[dict[str, Any]] = []
+        described = np.flatnonzero(self.fits.any(axis=1))
+        places = ranks(self.for_texts.T, self.fits.T), ranks(self.for_images[described], self.fits[described])
+        for column, text in enumerate(self.texts):
+            first = np.argsort(-self.for_texts[:, column], kind="stable")[:depth]
+            found = [samples[row].id for row in first]
+            rows.append({"text": text, "place": int(places[0][column]) + 1, "images": found})
+        for number, row in enumerate(described.tolist()):
+            first = np.argsort(-self.for_images[row], kind="stable")[:depth]
+            found = [self.texts[column] for column in first]
+            rows.append({"image": samples[row].id, "place": int(places[1][number]) + 1, "texts": found})
+        return rows
+
 
 def rank_pictures(
     model: Blip2,
@@ -197,7 +215,9 @@ def rank_pictures(
 class _Pictures:
     """The pictures of an evaluation in blocks of a batch, each of whose results is kept."""
 
-    def __init__(self, model: Blip2, samples: Sequence[Sample], kept: Kept, batch_size: int, progress: Progress) -> None:
+    def __init__(
+        self, model: Blip2, samples: Sequence[Sample], kept: Kept, batch_size: int, progress: Progress
+    ) -> None:
         self._model, self._samples, self._kept, self._progress = model, samples, kept, progress
         self._blocks = [range(len(samples))[start : start + batch_size] for start in range(0, len(samples), batch_size)]
         self._features: dict[int, ImageFeatures] = {}  # of blocks whose patches stay in memory
@@ -206,14 +226,14 @@ class _Pictures:
         """All vectors, without patches and queries; patches stay in memory where there is room for all."""
         vectors: list[NDArray[np.float32]] = []
         for block in self._blocks:
-            vectors.append(self._kept.block(f"vectors-{block.start:07d}", lambda block=block: self._seen(block, patches)))
+            vectors.append(
+                self._kept.block(f"vectors-{block.start:07d}", lambda block=block: self._seen(block, patches))
+            )
             self._progress("images", block.stop, len(self._samples))
         found = torch.from_numpy(np.concatenate(vectors))  # (N, Q, E)
         return ImageFeatures(found[:, :0], found[:, :, :0], found)
 
-    def match(
-        self, texts: Sequence[str], images: NDArray[np.int64], columns: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def match(self, texts: Sequence[str], images: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
         """ITM logits of pairs; `images` ascend."""
         logits: list[NDArray[np.float32]] = []
         for block in self._blocks:
@@ -240,7 +260,7 @@ class _Pictures:
     ) -> NDArray[np.float32]:
         features = self._features.get(block.start) or self._encoded(block)
         used, place = np.unique(columns, return_inverse=True)
-        return match_pairs(self._model, features, [texts[column] for column in used], images, place)
+        return match_pairs(self._model, features, [texts[column] for column in used.tolist()], images, place)
 
     def _encoded(self, block: range) -> ImageFeatures:
         return encode(self._model, [self._samples[row] for row in block], batch_size=len(block))

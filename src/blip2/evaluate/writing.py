@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+from PIL.Image import Image
 
 from blip2.blip2 import Blip2
 from blip2.data.sources import Sample
@@ -53,7 +55,7 @@ def write_captions(
     """
 
     def work(batch: Sequence[Sample]) -> list[Row]:
-        def caption(rows: Sequence[Sample], pictures: Sequence[object]) -> list[Generation]:
+        def caption(rows: Sequence[Sample], pictures: Sequence[Image]) -> list[Generation]:
             del rows
             return model.caption(pictures, how.prompt, details=True, **how.options)
 
@@ -85,17 +87,17 @@ def write_answers(
         asked = dataclasses.replace(model, config=dataclasses.replace(model.config, prompts=prompts))
 
     def work(batch: Sequence[Question]) -> list[Row]:
-        opened: dict[str, object] = {}
+        opened: dict[str, Image] = {}
 
-        def picture(question: Question) -> object:
+        def picture(question: Question) -> Image:
             if question.picture not in opened:
                 opened[question.picture] = picture_of(question.picture, question.image)
             return opened[question.picture]
 
-        def answer(rows: Sequence[Question], pictures: Sequence[object]) -> list[Generation]:
+        def answer(rows: Sequence[Question], pictures: Sequence[Image]) -> list[Generation]:
             del pictures
             place = {name: number for number, name in enumerate(dict.fromkeys(row.picture for row in rows))}
-            features = asked.encode([opened[name] for name in place])  # pyright: ignore[reportArgumentType]
+            features = asked.encode([opened[name] for name in place])
             texts = [how.question(row.text) for row in rows]
             return asked.ask(features[[place[row.picture] for row in rows]], texts, details=True, **how.options)
 
@@ -109,11 +111,11 @@ def write_answers(
 
 def _each(
     batch: Sequence[T],
-    picture: Callable[[T], object],
-    write: Callable[[Sequence[T], Sequence[object]], Sequence[Generation]],
+    picture: Callable[[T], Image],
+    write: Callable[[Sequence[T], Sequence[Image]], Sequence[Generation]],
 ) -> list[Row]:
     """What is written of each of a batch; a picture that cannot be read takes none of its neighbours with it."""
-    pictures: list[object] = []
+    pictures: list[Image] = []
     readable: list[T] = []
     errors: dict[int, str] = {}
     for number, item in enumerate(batch):
@@ -220,8 +222,3 @@ def evaluate_answers(
     """Accuracy, see `score_answers`, and the answers; a picture that could not be read has an empty one."""
     written = write_answers(model, questions, how, kept=kept, batch_size=batch_size, progress=progress)
     return score_answers(questions, [found.text for found in written]), written
-
-
-def by_key(questions: Sequence[Question], written: Sequence[Written]) -> Mapping[str, str]:
-    """The text of each question's answer."""
-    return {question.key: found.text for question, found in zip(questions, written, strict=True)}
