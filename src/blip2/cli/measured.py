@@ -111,7 +111,7 @@ class Measurement:
 
         if predictions is not None:
             write_rows(self.out / "predictions.json", predictions)
-        values = {name: found if isinstance(found, float) else asdict(found) for name, found in numbers.items()}
+        values = {name: found if isinstance(found, float | int) else asdict(found) for name, found in numbers.items()}
         content = {"task": self.task, "numbers": values, **self.about, "command": command(), "seconds": self.seconds}
         write_json(self.out / "numbers.json", {**content, **more})
 
@@ -141,7 +141,7 @@ def show(numbers: Mapping[str, Estimate | float], floors: Mapping[str, str] | No
 
 
 def _cells(found: Estimate | float) -> list[str]:
-    if isinstance(found, float):
+    if isinstance(found, float | int):
         return [f"{found:.3f}", ""]
     return [f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}"]
 

@@ -260,7 +260,7 @@ class _Pictures:
     ) -> NDArray[np.float32]:
         features = self._features.get(block.start) or self._encoded(block)
         used, place = np.unique(columns, return_inverse=True)
-        return match_pairs(self._model, features, [texts[column] for column in used.tolist()], images, place)
+        return match_pairs(self._model, features, [texts[int(column)] for column in used], images, place)
 
     def _encoded(self, block: range) -> ImageFeatures:
         return encode(self._model, [self._samples[row] for row in block], batch_size=len(block))
