@@ -83,8 +83,8 @@ def test_cocos_own_file_is_read_by_its_name_and_needs_no_split(tmp_path: Path) -
     [
         ({"images": []}, "no samples found|neither COCO's layout"),
         ([1, 2], "neither COCO's layout"),
-        ({"images": [{"id": 1}]}, "'file_name' is missing"),
-        ({"images": [{"sentences": []}]}, "'split' is missing"),
+        ({"images": [{"id": 1}]}, "KeyError: 'file_name'"),
+        ({"images": [{"sentences": []}]}, "KeyError: 'split'"),
         ({"images": [{"id": 1, "file_name": "/etc/passwd"}]}, "no name of a picture within"),
         ({"images": [{"id": 1, "file_name": "../x.jpg"}]}, "no name of a picture within"),
         ({"images": [{"id": 1, "file_name": "x.jpg"}]}, "the picture .* is not there"),

@@ -65,6 +65,10 @@ def test_captions_that_are_kept_back_give_predictions_as_coco_and_nocaps_take_th
     done = command.invoke(evaluate.app, [*words, "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "kept back" in done.stderr
+    some = {"images": images, "annotations": [{"image_id": 0, "caption": "a red square"}]}
+    (folder / "some.json").write_text(json.dumps(some))
+    mixed = command.invoke(evaluate.app, ["caption", str(folder / "some.json"), "--out", str(out)])
+    assert "'1' has no caption to compare with, though others have" in str(mixed.exception)
     rows = json.loads((out / "predictions.json").read_text())
     assert rows == [{"image_id": 0, "caption": "a red square"}, {"image_id": 1, "caption": "a green square"}]
 
@@ -121,13 +125,16 @@ def test_the_official_files_of_vqa_and_gqa_give_the_official_results(
     assert json.loads((out / "gqa" / "predictions.json").read_text()) == [{"questionId": "077", "prediction": "green"}]
 
 
-def test_what_does_not_go_together_is_said_before_a_model_is_loaded(command: CliRunner, folder: Path) -> None:
-    (folder / "COCO__000000000001.jpg").touch()
+def test_what_does_not_go_together_is_said_before_a_model_is_loaded(
+    command: CliRunner, folder: Path, out: Path
+) -> None:
+    (out.parent / "000000000001.jpg").touch()
     asked = [{"image_id": 1, "question": "what?", "question_id": 1}]
-    (folder / "q.json").write_text(json.dumps({"questions": asked}))
+    official = out.parent / "q.json"
+    official.write_text(json.dumps({"questions": asked}))
     for words, message in (
-        (["vqa", str(folder / "q.json")], "kept back: give --out FOLDER"),
-        (["vqa", str(folder / "q.json"), "--split", "val"], "are for data of your own"),
+        (["vqa", str(official)], "kept back: give --out FOLDER"),
+        (["vqa", str(official), "--split", "val"], "are for data of your own"),
         (["vqa", str(folder), "--annotations", "a.json"], "--annotations goes with"),
         (["vqa", str(folder)], "has no questions"),
         (["caption", str(folder), "--report", str(folder / "none" / "x.html")], "does not exist"),

@@ -8,7 +8,7 @@ from blip2.evaluate.captioning import tokenize
 TEXTS = [
     "A man holds a sign that says \" Free Hugs \" .", "Two dogs' toys, aren't they?", "It's 10:30 am; she'll run!",
     "He can't see 1,000 (or 3.5) t-shirts [top]", "A black/white cat -- and the end...", "Mr. Bean in the U.S. flag",
-    "A slip 'n' slide at five o'clock.", "cannot gonna wanna", "U. Miami & AT&T, 50% off $5.99", "statefarm.com hat",
+    "A slip 'n' slide at five o'clock.", "cannot gonna wanna", "U. Miami & friends, 50% off $5.99", "statefarm.com hat",
     "what?! no!!", "the letter \" P. \"", "", "3rd St. sign", "the café\u2019s \u201copen\u201d sign \u2013 red",
 ]  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -116,7 +115,7 @@ def caption(
     run = Measurement.of("caption", data, model, quantize, out, report)
     everything = _samples(data, format, split, images, unlabelled=out is not None)
     samples = everything[:limit]
-    scored = any(sample.captions for sample in samples)
+    scored = _scored(samples)
     from blip2.evaluate import captioning, protocols, writing
     from blip2.evaluate import report as pages
 
@@ -281,7 +280,8 @@ def retrieval(
     how = protocols.ranking(protocol.value, rerank, itm_weight)
     opened = open_model(model, device, dtype, quantize)
     words = (text for sample in samples for text in (sample.id, *sample.captions))
-    run = run.with_model(opened, words, batch_size=batch_size, **asdict(how))
+    settings = {"protocol": how.name, "top": how.top, "weight": how.weight, "texts": how.texts}
+    run = run.with_model(opened, words, batch_size=batch_size, **settings)
     with run.kept() as kept, bars() as progress:
         found = rank_pictures(opened, samples, how, kept=kept, batch_size=batch_size, progress=progress)
         numbers = {
@@ -290,7 +290,7 @@ def retrieval(
             for way, depths in (("text to image", recall.text_to_image), ("image to text", recall.image_to_text))
             for depth, estimate in depths.items()
         }
-        run.finish(numbers, found.best(samples), images=len(samples))
+        run.finish(numbers, found.best(samples) if out is not None else None, images=len(samples))
     if report is not None:
         title = f"Retrieval by {model}: {Path(data).name}"
         pages.write(report, title, numbers, run.settings(), pages.of_ranking(samples, found))
@@ -364,6 +364,14 @@ def _samples(
 
     kind = cast("Format", format)
     return sources.read(data, kind, split=split, questions=questions, images=images, unlabelled=unlabelled)
+
+
+def _scored(samples: Sequence[Sample]) -> bool:
+    """Whether there are captions to compare with: of all pictures or of none."""
+    bare = [sample.id for sample in samples if not sample.captions]
+    if bare and len(bare) < len(samples):
+        raise DataError(f"{bare[0]!r} has no caption to compare with, though others have: mend it, or leave it out")
+    return not bare
 
 
 def _folder(data: str, images: Path | None) -> Path:

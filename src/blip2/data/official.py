@@ -92,7 +92,7 @@ def coco(source: Path, images: Path) -> Iterator[Entry]:
             captions.setdefault(row["image_id"], []).append(row["caption"])
         rows = [(row["id"], row["file_name"], row.get("domain", "")) for row in data["images"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{source}: not a COCO captions file: {error!r} is missing") from None
+        raise DataError(f"{source}: not a COCO captions file ({type(error).__name__}: {error})") from None
     folders = [images / name for name in (*FOLDERS, f"images/{_subset(source)}", _subset(source))]
     for key, name, domain in rows:
         place = f"{source}: image {key}"
@@ -117,7 +117,7 @@ def karpathy(source: Path, images: Path, split: str | None) -> Iterator[Entry]:
             for row in data["images"]
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{source}: not one of Karpathy's files: {error!r} is missing") from None
+        raise DataError(f"{source}: not one of Karpathy's files ({type(error).__name__}: {error})") from None
     there = sorted({row[0] for row in rows})
     if split not in there:
         raise DataError(f"{source}: needs a split, one of {', '.join(there)}, not {split!r}")

@@ -36,9 +36,13 @@ class Kept:
     def __init__(self, folder: Path | None = None) -> None:
         self.rows: dict[str, Row] = {}
         self._folder = folder
-        if folder is not None:
+        if folder is None:
+            return
+        try:
             (folder / _BLOCKS).mkdir(parents=True, exist_ok=True)
             self._read(folder / _JOURNAL)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
 
     def complete(
         self,
@@ -71,8 +75,11 @@ class Kept:
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: is damaged ({error}); delete it, and the run makes it again") from None
         found = make()
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.save(file, found)
+        try:
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.save(file, found)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         return found
 
     def _add(self, rows: Mapping[str, Row]) -> None:
@@ -87,7 +94,7 @@ class Kept:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror}); run again to go on where it was") from error
+            raise _unwritable(path, error) from error
 
     def _read(self, path: Path) -> None:
         """The journal, mended: a last line that a kill cut short leaves it."""
@@ -117,15 +124,19 @@ def keeping(folder: Path | None, about: Mapping[str, Any]) -> Generator[Kept]:
     if folder is None:
         yield Kept()
         return
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            _claim(folder, json.loads(json.dumps(about)))
-            yield Kept(folder)
+        lock.acquire(timeout=0)
     except Timeout:
         raise DataError(f"{folder}: another run is writing to it; wait for it, or give another folder") from None
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror}); what was finished is kept") from error
+        raise _unwritable(folder, error) from error
+    try:
+        _claim(folder, json.loads(json.dumps(about)))
+        yield Kept(folder)
+    finally:
+        lock.release()
 
 
 def _claim(folder: Path, about: Mapping[str, Any]) -> None:
@@ -164,7 +175,7 @@ def write_json(path: Path, value: Any) -> None:
         with replacing(path) as partial:
             partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
+        raise _unwritable(path, error) from error
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
@@ -178,4 +189,8 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
         with replacing(path) as partial:
             partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be written ({error.strerror}); what was finished is kept: run again to go on")

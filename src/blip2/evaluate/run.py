@@ -199,6 +199,8 @@ def rank_pictures(
     if not samples:
         raise DataError("nothing to evaluate: no samples are left")
     texts, fits = texts_of(samples) if how.texts == "plain" else published_texts(samples)
+    if not texts:
+        raise DataError("nothing to evaluate: none of the pictures has a caption")
     pictures = _Pictures(model, samples, kept, batch_size, progress)
     features = pictures.encode(patches=how.top > 0)
     similarity = kept.block("cosines", lambda: cosines(model, features, texts, progress=progress))
