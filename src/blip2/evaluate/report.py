@@ -141,5 +141,9 @@ def _figure(case: Case) -> str:
         picture = f'<img alt="{text(case.name)}" src="{thumbnail(picture_of(case.name, case.image))}">'
     except ImageError as error:
         picture = f"<p>{text(str(error))}</p>"
-    lines = "".join(f"<dt>{text(label)}</dt><dd>{text(line)}</dd>" for label, line in case.lines)
+    labels = ["", *(label for label, _ in case.lines)]
+    lines = "".join(
+        ("" if label == before else f"<dt>{text(label)}</dt>") + f"<dd>{text(line)}</dd>"
+        for before, (label, line) in zip(labels, case.lines, strict=False)
+    )
     return f"<figure>{picture}<dl>{lines}</dl></figure>\n"
