@@ -34,7 +34,7 @@ Cache = Annotated[bool, typer.Option(help="Remember a folder's vectors for the n
 def index(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="PATH", help="Image files, folders or patterns; none: those of before.", show_default=False),
+        typer.Argument(metavar="PATH", help="Images, folders or patterns; none: those of before.", show_default=False),
     ] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the index.", show_default=False)],

@@ -68,7 +68,9 @@ def _pairs(
         if progress:
             progress(start, count)
         block = slice(start, start + BLOCK)
-        apart = lengths[block, None] + lengths[None, start:] - 2 * sketches[block] @ sketches[start:].T  # (B, N - start)
+        apart = (
+            lengths[block, None] + lengths[None, start:] - 2 * sketches[block] @ sketches[start:].T
+        )  # (B, N - start)
         near = (apart <= furthest).triu(1).nonzero().numpy() + start  # each pair once
         for part in np.array_split(near, max(1, -(-len(near) // PAIRS))):
             first, second = part[:, 0], part[:, 1]

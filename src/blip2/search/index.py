@@ -170,7 +170,7 @@ class ImageIndex:
             ConfigError: an argument is out of its range, or a condition is none.
             PromptError: the text is empty.
             ImageError: the query, or an image that is re-ranked, cannot be read.
-            DataError: the table, or the index's shortlist, cannot be read.
+            DataError: the table cannot be read.
         Source: BLIP-2, sections 3.1 (similarity) and 4.4 (re-ranking).
         """
         if k < 1 or rerank < 0 or not 0 <= weight <= 1:
@@ -237,11 +237,8 @@ class ImageIndex:
 
     @cached_property
     def _shortlist(self) -> Any | None:
-        """The FAISS index, where there is one and the library is installed."""
+        """The FAISS index, where there is one that can be used."""
         if self.store is None or self.collection.shortlist is None:
-            return None
-        if shortlist.faiss() is None:
-            _log.warning('all vectors are compared one by one; pip install "blip2[search]" makes it faster')
             return None
         return shortlist.opened(self.store.directory, self.collection.shortlist)
 
@@ -299,7 +296,7 @@ class ImageIndex:
         if known is None or index is None or len(wanted) * queries <= shortlist.SCAN_LIMIT:
             return self._scanned(query, wanted, k)
         inside = self._serials[wanted] < known.upto
-        chosen = None if len(wanted) == known.upto else self._serials[wanted[inside]]
+        chosen = None if inside.sum() == known.upto else self._serials[wanted[inside]]
         serials = shortlist.candidates(index, query, queries, chosen, k)
         found = np.union1d(np.searchsorted(self._serials, serials), self._scanned(query, wanted[~inside], k))
         return found if len(found) >= k else self._scanned(query, wanted, k)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-import pydantic
 import safetensors
 import safetensors.torch
 import torch
@@ -367,7 +366,8 @@ def _read_segment(path: Path, dead_rows: Sequence[int], patches_wanted: bool) ->
             or (np.diff(serials) <= 0).any()
         ):
             raise ValueError(f"{count} files, vectors {tuple(vectors.shape)}")
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError) as error:
+    # torch, which maps the file, raises RuntimeError where it is gone
+    except (safetensors.SafetensorError, OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
         problem = f"{path}: is missing or damaged ({_first_line(error)}); `blip2 index` mends it"
         raise DataError(problem) from error
     return Segment(files, serials, vectors, patches, dead, path.name)

@@ -99,7 +99,9 @@ def _rows(source: Path) -> list[dict[str, Any]]:
                         for row in csv.DictReader(file)
                     ]
             case ".jsonl":
-                rows = [json.loads(line) for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+                rows = [
+                    json.loads(line) for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+                ]
                 if not all(isinstance(row, dict) for row in rows):
                     raise ValueError("a line is no object")
                 return cast("list[dict[str, Any]]", rows)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blip2 import image
 from blip2.bulk import Failure, Progress, batches, opened
-from blip2.errors import ImageError
+from blip2.errors import ConfigError, ImageError
 from blip2.results import ImageFeatures, Matches
 from blip2.search.store import Collection, File, Store, tidied
 
@@ -57,8 +57,8 @@ def refreshed(
         DataError: the store cannot be written.
     """
     roots, files = _found(collection, [os.path.abspath(path) for path in paths])  # noqa: PTH100  (keeps links)
-    stamps = {path: _stamp(path) for path in files}
     known = collection.files()
+    stamps = {path: known[path] if is_away else _stamp(path) for path, is_away in files.items()}
     todo = [path for path in files if known.get(path) != stamps[path]]
     gone = set(known) - set(files)
     if not todo and not gone and roots == collection.roots and not collection.failed:
@@ -80,19 +80,20 @@ def refreshed(
     return work.collection
 
 
-def _found(collection: Collection, given: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """All roots, and the files that they stand for, in order."""
+def _found(collection: Collection, given: Sequence[str]) -> tuple[tuple[str, ...], dict[str, bool]]:
+    """All roots, and the files that they stand for, in order, with whether a file is known but away with its folder."""
     roots = tuple(dict.fromkeys([*collection.roots, *given]))
-    found = {os.path.abspath(path) for path in image.find_images(given)} if given else set[str]()  # noqa: PTH100
+    found = dict.fromkeys(map(str, image.find_images(given) if given else ()), False)
     for root in collection.roots:
         try:
-            found.update(os.path.abspath(path) for path in image.find_images([root]))  # noqa: PTH100
+            found |= dict.fromkeys(map(str, image.find_images([root])), False)
         except ImageError:  # nothing is there any more
             if not os.path.lexists(root) and not glob.has_magic(root):  # nor the folder: its disk may be unplugged
-                found.update(path for path in collection.files() if path.startswith(os.path.join(root, "")))  # noqa: PTH118
+                inside = os.path.join(root, "")  # noqa: PTH118  (ends in a slash)
+                found |= {path: True for path in collection.files() if path.startswith(inside) and path not in found}
     if not found:
         raise ImageError(f"{', '.join(roots) or 'an empty list of paths'}: no images found")
-    return roots, sorted(found, key=Path)
+    return roots, dict(sorted(found.items(), key=lambda item: Path(item[0])))
 
 
 def _stamp(path: str) -> File:
@@ -139,7 +140,10 @@ class _Work:
         self.files += [stamps[str(path)] for path, _ in readable]
         self.vectors.append(vectors.half().cpu())
         if self.collection.keeps_patches:
-            self.patches.append(features.patches.half().cpu())
+            patches = features.patches.half().cpu()
+            if not patches.isfinite().all():
+                raise ConfigError("this model's patches are beyond half precision; make an index without them")
+            self.patches.append(patches)
 
     def commit(self) -> None:
         collection = self.collection
