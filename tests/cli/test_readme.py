@@ -46,7 +46,7 @@ def commands(text: str = README) -> Iterator[list[str]]:
                 yield [
                     found
                     for word in words
-                    for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+                    for found in (sorted(map(str, Path().glob(word))) or [word] if "*" in word else [word])
                 ]
 
 

@@ -87,7 +87,7 @@ def test_an_index_is_made_and_searched(model: Blip2):
     assert (made.stdout, made.stderr.splitlines()[-1]) == ("", "kept: 3 images")
     hits = ImageIndex.open("kept", model).search("a red dog")
     lines = run("search", "kept", "a red dog").stdout.splitlines()
-    assert lines == [f"{hit.path}\t{hit.score:.3f}" for hit in hits]
+    assert lines == [f"holiday/{hit.path.name}\t{hit.score:.3f}" for hit in hits]
     assert run("search", "holiday", "a red dog", "--no-cache").stdout.count("\n") == 3
 
 
@@ -97,7 +97,9 @@ def test_indexing_again_takes_what_is_new_and_needs_no_paths(monkeypatch: pytest
     Path("holiday/d.jpg").write_bytes(Path("photo.jpg").read_bytes())
     encoded: list[int] = []
     plain = Blip2.encode
-    monkeypatch.setattr(Blip2, "encode", lambda self, images, *rest: encoded.append(len(images)) or plain(self, images, *rest))
+    monkeypatch.setattr(
+        Blip2, "encode", lambda self, images, *rest: encoded.append(len(images)) or plain(self, images, *rest)
+    )
     assert json.loads(run("index", "--out", "kept", "--json").stdout) == {"index": "kept", "images": 4, "unreadable": 0}
     assert encoded[0] == 1
 
@@ -146,7 +148,7 @@ def test_words_and_a_picture_conditions_and_a_table_reach_the_index(model: Blip2
     assert run(*words, "--where", "year >= 2021").stdout.startswith("holiday/b.jpg\t")
     assert run(*words, "--where", "year >= 2020", "--where", "path ~ [bc].jpg").stdout.count("\n") == 1
     assert run(*words, "--where", "year > 2021").stdout == ""
-    with pytest.raises(ConfigError, match="'year' is no condition|'year': is no condition"):
+    with pytest.raises(ConfigError, match="'year': is no condition"):
         run(*words, "--where", "year")
 
 

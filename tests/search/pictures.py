@@ -64,7 +64,7 @@ def paint(folder: Path, colours: dict[str, tuple[int, int, int]]) -> Path:
 
 
 def rainbow(folder: Path, count: int = 12) -> Path:
-    return paint(folder, {f"{n:02}.png": (n, 20 * n % 256, 255 - n % 256) for n in range(count)})
+    return paint(folder, {f"{n:02}.png": (n % 256, 20 * n % 256, (255 - n) % 256) for n in range(count)})
 
 
 def names(hits: list[Hit]) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
+from multiprocessing.context import ForkProcess
+from multiprocessing.queues import SimpleQueue as Queue
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +23,25 @@ import torch
 from pictures import Fake, names, paint, rainbow
 
 from blip2.errors import ConfigError, DataError
-from blip2.search import ImageIndex, store
+from blip2.search import ImageIndex, store, update
 from blip2.search.store import MANIFEST, Collection, Store, tidied
 
-HERE = Path(__file__).parent
-INDEXING = """
-import sys
-from pathlib import Path
-from pictures import Fake
-from blip2.search import ImageIndex, update
-update.COMMIT_SECONDS = 0.0
-print("ready", flush=True)
-model = Fake(seconds=float(sys.argv[3]))
-ImageIndex.build(model, [Path(sys.argv[1])], Path(sys.argv[2]), batch_size=4)
-print(model.encoded, flush=True)
-"""
+FORK = multiprocessing.get_context("fork")  # a fresh interpreter would import torch for seconds
 
 
-def indexing(photos: Path, out: Path, seconds: float = 0.0, before: str = "") -> subprocess.Popen[str]:
-    """Another process that indexes, committing every batch; it has imported all it needs."""
-    paths = os.pathsep.join([str(HERE), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-c", before + INDEXING, str(photos), str(out), str(seconds)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", process.stderr and process.stderr.read()
+def index_slowly(photos: Path, out: Path, seconds: float, encoded: Queue[int]) -> None:
+    """Indexes, and writes what is done after every batch."""
+    logging.basicConfig(force=True, stream=open(2, "w", closefd=False))  # noqa: PTH123, SIM115  (what a terminal shows)
+    update.COMMIT_SECONDS = 0.0
+    model = Fake(seconds=seconds)
+    ImageIndex.build(model, [photos], out, batch_size=4)
+    encoded.put(model.encoded)
+
+
+def indexing(photos: Path, out: Path, seconds: float, encoded: Queue[int] | None = None) -> ForkProcess:
+    """Another process that indexes, so many seconds an image."""
+    process = FORK.Process(target=index_slowly, args=(photos, out, seconds, encoded or FORK.SimpleQueue()))
+    process.start()
     return process
 
 
@@ -58,62 +53,57 @@ def finished(out: Path) -> int:
 # -- killed and doubled ------------------------------------------------------------------------------------------------
 
 
-def killed_again_and_again(photos: Path, out: Path, kills: int, longest: float) -> None:
-    draw = random.Random(0)
-    everything = sorted(map(str, photos.iterdir()))
-    before = 0
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_an_index_that_is_killed_loses_nothing_and_has_nothing_twice(tmp_path: Path, kills: int) -> None:
+    photos, out = rainbow(tmp_path / "photos", 40 * kills), tmp_path / "index"
+    draw, everything = random.Random(0), sorted(map(str, photos.iterdir()))
+    before, ends, moments = 0, list[int | None](), set[int]()
     for _ in range(kills):
-        process = indexing(photos, out, 0.001)
-        time.sleep(draw.uniform(0, longest))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process = indexing(photos, out, 0.002)
+        process.join(draw.uniform(0.02, 0.25))
+        process.kill()
+        process.join()
+        ends.append(process.exitcode)
         now = finished(out)
         assert now >= before, "what was finished is lost"
         before = now
-        if before == len(everything):
-            paint(photos, {draw.choice(everything).rpartition("/")[2]: (draw.randrange(256), 1, 2)})
+        moments.add(now)
+    assert ends.count(-signal.SIGKILL) > kills / 2
+    assert len(moments) > 2, "no run was killed in the middle"
     model = Fake()
     index = ImageIndex.build(model, [photos], out)
-    assert model.encoded <= len(everything) - before + 1
-    rows = [file[0] for segment in index.collection.segments for file, dead in zip(segment.files, segment.dead, strict=True) if not dead]  # fmt: skip  # noqa: E501
-    assert sorted(rows) == everything
-    plain = ImageIndex.build(Fake(), [photos])
-    assert index.search("a dog", 999) == plain.search("a dog", 999)
+    assert model.encoded == len(everything) - before
+    live = [file[0] for part in index.collection.segments for file in np.array(part.files, object)[~part.dead].tolist()]
+    assert sorted(live) == everything
+    assert index.search("a dog", 9999) == ImageIndex.build(Fake(), [photos]).search("a dog", 9999)
     assert {path.name for path in out.iterdir()} == {
         ".lock", MANIFEST, *(segment.name for segment in index.collection.segments)
     }  # fmt: skip
 
 
-def test_an_index_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    killed_again_and_again(rainbow(tmp_path / "photos", 250), tmp_path / "index", kills=3, longest=0.4)
-
-
-@pytest.mark.slow  # 5 minutes
-def test_an_index_that_is_killed_fifty_times_loses_nothing(tmp_path: Path) -> None:
-    killed_again_and_again(rainbow(tmp_path / "photos", 255), tmp_path / "index", kills=50, longest=0.6)
-
-
-def test_two_processes_at_once_do_the_work_once(tmp_path: Path) -> None:
-    photos, out = rainbow(tmp_path / "photos", 60), tmp_path / "index"
-    both = [indexing(photos, out, 0.01) for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sorted(int(text) for text, _ in said) == [0, 60]
-    assert any("another run is writing to it" in error for _, error in said)
+def test_two_processes_at_once_do_the_work_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    photos, out, encoded = rainbow(tmp_path / "photos", 60), tmp_path / "index", FORK.SimpleQueue()
+    both = [indexing(photos, out, 0.02, encoded) for _ in range(2)]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sorted((encoded.get(), encoded.get())) == [0, 60]
+    assert "another run is writing to it; waiting until it is done" in capfd.readouterr().err
     assert finished(out) == 60
 
 
 def test_a_reader_is_not_disturbed_by_a_writer(tmp_path: Path) -> None:
     photos, out = rainbow(tmp_path / "photos", 100), tmp_path / "index"
     ImageIndex.build(Fake(), [photos / "00.png"], out)
-    process = indexing(photos, out, 0.003)
+    process = indexing(photos, out, 0.005)
     sizes: list[int] = []
-    while process.poll() is None:
+    while process.is_alive():
         index = ImageIndex.open(out, Fake())
         sizes.append(len(index.search("a dog", 999)))
         assert sizes[-1] == len(index)
-    process.communicate()
+    assert process.exitcode == 0
     assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 2
     assert finished(out) == 100
 
 
@@ -231,14 +221,25 @@ def test_a_damaged_segment_is_named_and_indexing_mends_it(photos: Path, tmp_path
 # -- full and read-only disks ------------------------------------------------------------------------------------------
 
 
+def index_on_a_small_disk(photos: Path, out: Path, said: Queue[str]) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    update.COMMIT_SECONDS = 0.0
+    try:
+        ImageIndex.build(Fake(), [photos], out, batch_size=4)
+    except DataError as error:
+        said.put(str(error))
+
+
 def test_a_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
     """A limit on the size of files stands for the end of the disk: a real write is refused by the system."""
-    photos, out = rainbow(tmp_path / "photos", 40), tmp_path / "index"
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-    process = indexing(photos, out, before=limit)
-    _, error = process.communicate()
-    assert process.returncode == 1
-    assert re.search(r"index: cannot be written \(.*File too large.*\); what was finished is kept: make room", error)
+    photos, out, said = rainbow(tmp_path / "photos", 40), tmp_path / "index", FORK.SimpleQueue()
+    process = FORK.Process(target=index_on_a_small_disk, args=(photos, out, said))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert not said.empty()
+    problem = r"index: cannot be written \(.*File too large.*\); what was finished is kept: make room, and run again"
+    assert re.search(problem, said.get())
     done = finished(out)
     assert 0 < done < 40
     model = Fake()

@@ -124,9 +124,11 @@ def opened_index(
 
 
 def shown_path(place: Path, path: Path) -> str:
-    """An image's path as a person typed its folder; as the index has it elsewhere."""
+    """An image's path as a person would type it: below the folder that was named, or from here."""
     root = place.resolve()
-    return str(place / path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    if path.is_relative_to(root):
+        return str(place / path.relative_to(root))
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def report_failures(made: ImageIndex) -> None:

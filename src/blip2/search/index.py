@@ -184,13 +184,10 @@ class ImageIndex:
             image = query if image is None else image
         wanted = self._wanted(where, table)
         compared = self._query(text, image, weight)
-        rows = self._nearest(compared, wanted, max(k, rerank))
-        scores = nearest.scores(self._vectors(rows), compared).tolist()
-        found = [(score, self._files[row][0], row) for score, row in zip(scores, rows.tolist(), strict=True)]
-        found = sorted(found, key=lambda each: (-each[0], each[1]))[: max(k, rerank)]
-        hits = [Hit(Path(path), score) for score, path, _ in found]
+        found = self._ranked(compared, self._nearest(compared, wanted, max(k, rerank)))[: max(k, rerank)]
+        hits = [hit for hit, _ in found]
         if text is not None and rerank:
-            hits = self._reranked(text, hits[:rerank], [row for *_, row in found]) + hits[rerank:]
+            hits = self._reranked(text, found[:rerank]) + hits[rerank:]
         return hits[:k]
 
     def duplicates(self, threshold: float = DUPLICATE, *, progress: Progress | None = None) -> list[list[Hit]]:
@@ -206,9 +203,13 @@ class ImageIndex:
         """
         if not 0 < threshold <= 1:
             raise ConfigError(f"the threshold is {threshold}; it must be above 0 and at most 1")
-        rows = np.array(sorted(self._rows, key=lambda row: self._files[row][0]), np.int64)
+        rows = self._rows[np.argsort(np.array([self._files[row][0] for row in self._rows], object), kind="stable")]
+
+        def gathered(some: NDArray[np.int64]) -> Tensor:
+            return self._vectors(rows[some])
+
         found: list[list[Hit]] = []
-        for group in linked(lambda some: self._vectors(rows[some]), len(rows), threshold, progress):
+        for group in linked(gathered, len(rows), threshold, progress):
             vectors = self._vectors(rows[group])
             scores = similarities(vectors, vectors[:1]).tolist()
             paths = (Path(self._files[row][0]) for row in rows[group])
@@ -263,7 +264,7 @@ class ImageIndex:
             for segment, here, local in self._places(rows)
             if segment.patches is not None
         ]
-        order = np.argsort(np.concatenate([where for where, _ in parts]))
+        order = np.argsort(np.concatenate([places for places, _ in parts]))
         return torch.cat([part for _, part in parts])[torch.from_numpy(order)]
 
     # -- finding -------------------------------------------------------------------------------------------------------
@@ -308,10 +309,18 @@ class ImageIndex:
             values[here] = nearest.scan(segment.vectors, local, query)
         return wanted[nearest.best(values, k)]
 
-    def _reranked(self, text: str, hits: Sequence[Hit], rows: Sequence[int]) -> list[Hit]:
+    def _ranked(self, query: Query, rows: NDArray[np.int64]) -> list[tuple[Hit, int]]:
+        """Hits of some rows and the rows, best first."""
+        if not len(rows):
+            return []
+        scores: list[float] = nearest.scores(self._vectors(rows), query).tolist()
+        found = sorted((-score, self._files[row][0], row) for score, row in zip(scores, rows.tolist(), strict=True))
+        return [(Hit(Path(path), -score), row) for score, path, row in found]
+
+    def _reranked(self, text: str, found: Sequence[tuple[Hit, int]]) -> list[Hit]:
         """Hits in the order of ITM log-odds plus similarity, which is what retrieval is evaluated by."""
         judged: list[tuple[float, Hit]] = []
-        for batch in batches(zip(hits, rows, strict=False), RERANK_BATCH):
+        for batch in batches(found, RERANK_BATCH):
             if self.collection.keeps_patches:
                 places = np.array([row for _, row in batch])
                 vectors = self._vectors(places).float()
@@ -362,14 +371,14 @@ def folder_index(
         return ImageIndex.build(model, [root], batch_size=batch_size, progress=progress)
     name = hashlib.sha256(f"{model.identity}\n{root}".encode()).hexdigest()
     place = cache_directory() / "indexes" / name
-    for _ in range(2):
-        try:
-            return ImageIndex.build(model, [root], place, batch_size=batch_size, progress=progress)
-        except DataError as error:
-            reason = error
-            if Store(place).exists:  # of an earlier version, or damaged: it can be made again
-                shutil.rmtree(place, ignore_errors=True)
-    _log.warning("the index of %s is not kept for next time: %s", folder, reason)
+    try:
+        Store(place).read(mend=True)
+    except DataError:  # none yet, of another version, or damaged beyond mending: it can be made again
+        shutil.rmtree(place, ignore_errors=True)
+    try:
+        return ImageIndex.build(model, [root], place, batch_size=batch_size, progress=progress)
+    except DataError as error:
+        _log.warning("the index of %s is not kept for next time: %s", folder, error)
     return ImageIndex.build(model, [root], batch_size=batch_size, progress=progress)
 
 

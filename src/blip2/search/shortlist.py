@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from blip2.errors import DataError
@@ -24,7 +25,7 @@ from blip2.files import replacing
 from blip2.search.nearest import Query
 from blip2.search.store import Collection, Segment, Shortlist, Store
 
-SCAN_LIMIT = 320_000  # vectors that are compared one by one within 20 ms: 10,000 images of 32, 20,000 of 16
+SCAN_LIMIT = 256_000  # vectors that are compared one by one within 20 ms: 8,000 images of 32, 16,000 of 16
 CELLS_PER_ROOT = 2  # cells: so many times the square root of the number of vectors
 TRAINING = 64  # vectors a cell that its place is learned from
 PROBES = 32  # cells that are looked into
@@ -105,8 +106,7 @@ def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64]
         queries: vectors an image has.
         wanted: serials to choose from, all where None.
     """
-    import faiss as library
-
+    library: Any = faiss()
     selector = None
     if wanted is not None:
         bits = np.zeros((int(wanted[-1]) + 1 if len(wanted) else 0) * queries, bool)
@@ -114,16 +114,16 @@ def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64]
         selector = library.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
     parameters = library.SearchParametersIVF(nprobe=PROBES, sel=selector)
     found = [
-        index.search(part.reshape(-1, part.shape[-1]).numpy(), _depth(k, queries), params=parameters)[1].reshape(-1)
+        index.search(np.atleast_2d(part.numpy()), _depth(k, queries, part.ndim), params=parameters)[1].reshape(-1)
         for _, part in query.parts
     ]
     entries = np.concatenate(found)
     return np.unique(entries[entries >= 0] // queries)
 
 
-def _depth(k: int, queries: int) -> int:
-    """Entries to ask for: an image may take several places."""
-    return min(2048, max(256, 4 * k * queries))  # FAISS allows any; beyond, the exact comparison costs more
+def _depth(k: int, queries: int, ndim: int) -> int:
+    """Entries to ask for: of a text's, an image may take several places; of an image there is a list for each query."""
+    return max(256, 4 * k * queries) if ndim == 1 else max(64, 8 * k)
 
 
 def _trained(library: Any, segments: Sequence[Segment], vectors: int) -> Any:
@@ -136,7 +136,7 @@ def _trained(library: Any, segments: Sequence[Segment], vectors: int) -> Any:
     draw = np.random.default_rng(0)
     share = min(1.0, TRAINING * cells / vectors)
     sample = [
-        segment.vectors.view(-1, width)[draw.random(segment.vectors.shape[0] * segment.vectors.shape[1]) < share]
+        segment.vectors.view(-1, width)[torch.from_numpy(draw.random(_count([(segment, segment.serials)])) < share)]
         for segment in segments
     ]
     index.train(np.concatenate([part.float().numpy() for part in sample]))

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 File: TypeAlias = tuple[str, int, int]  # path, size in bytes, time of the last change in nanoseconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segment:
     """Images that were written together.
 

@@ -95,7 +95,7 @@ def _rows(source: Path) -> list[dict[str, Any]]:
                 csv.field_size_limit(_CELL)
                 with source.open(newline="", encoding="utf-8-sig") as file:
                     return [
-                        {str(name): value for name, value in row.items() if name is not None}  # pyright: ignore[reportUnnecessaryComparison]  (cells beyond the head)
+                        {str(name): value for name, value in row.items() if name is not None}
                         for row in csv.DictReader(file)
                     ]
             case ".jsonl":

@@ -36,7 +36,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 _CONDITION = re.compile(
     r"""\s*(?: "(?P<quoted>[^"]+)" | (?P<bare>\w[\w.\-]*) )
         \s*(?P<operator> <= | >= | != | !~ | == | [=<>~] )
-        \s*(?: "(?P<text>[^"]*)" | (?P<word>[^"\s](?:[^"]*[^"\s])?) )\s*""",
+        \s*(?: "(?P<text>[^"]*)" | (?P<word>[^"\s=<>~!](?:[^"\n]*[^"\s])?) )\s*""",
     re.VERBOSE,
 )
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", re.IGNORECASE)
