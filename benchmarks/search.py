@@ -1,6 +1,6 @@
 """The index's answers against exact ones: recall, time, size.
 
-    blip2 embed photos/ --out photos.npz
+    blip2 embed holiday/ --out photos.npz
     python benchmarks/search.py photos.npz captions.txt --images 8000 --images 100000
 
 Real vectors, repeated with noise where there are fewer than asked for; texts of the same kind, a line each. Recall@10

@@ -371,9 +371,11 @@ def folder_index(
         return ImageIndex.build(model, [root], batch_size=batch_size, progress=progress)
     name = hashlib.sha256(f"{model.identity}\n{root}".encode()).hexdigest()
     place = cache_directory() / "indexes" / name
+    store = Store(place)
     try:
-        Store(place).read(mend=True)
-    except DataError:  # none yet, of another version, or damaged beyond mending: it can be made again
+        if store.exists:
+            store.read(mend=True)
+    except DataError:  # of another version, or damaged beyond mending: it can be made again
         shutil.rmtree(place, ignore_errors=True)
     try:
         return ImageIndex.build(model, [root], place, batch_size=batch_size, progress=progress)
