@@ -81,7 +81,8 @@ def measure(vectors: Tensor, model: Given, texts: list[str], probes: int) -> dic
         with store.alone():
             for start in range(0, len(vectors), WRITTEN):
                 part = vectors[start : start + WRITTEN]
-                collection = collection.plus([(f"/{start + row}", 0, 0) for row in range(len(part))], part, None)
+                files = [(f"/{start + row}", 0, 0) for row in range(len(part))]
+                collection = collection.plus(files, part, torch.zeros(len(part), 3, dtype=torch.uint8))
                 collection = store.write(collection)
             written = time.perf_counter() - started
             collection = shortlist.renewed(store, collection)

@@ -27,7 +27,7 @@ def index_of(vectors: Tensor, segments: int = 1) -> ImageIndex:
     collection = Collection("fake")
     for rows in np.array_split(np.arange(len(vectors)), segments):
         files = [(f"/{row:02}.png", 0, 0) for row in rows]
-        collection = collection.plus(files, vectors[torch.from_numpy(rows)].half(), None)
+        collection = collection.plus(files, vectors[torch.from_numpy(rows)].half(), torch.zeros(len(rows), 3).byte())
     return ImageIndex(Fake(), collection)
 
 

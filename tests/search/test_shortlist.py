@@ -126,7 +126,7 @@ def test_any_additions_changes_and_deletions_give_what_brute_force_gives(
                 draw = torch.Generator().manual_seed(kind)
                 vectors = unit(torch.randn(1, QUERIES, WIDTH, generator=draw)).half()
                 truth[path] = vectors[0].double().numpy()
-                collection = collection.plus([(path, kind, 0)], vectors, None)
+                collection = collection.plus([(path, kind, 0)], vectors, torch.zeros(1, 3).byte())
             collection = shortlist.renewed(store, store.write(collection))
     index = ImageIndex.open(store.directory, Fake())
     assert [str(path) for path in index.paths] == sorted(truth)

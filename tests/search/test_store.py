@@ -140,7 +140,7 @@ def test_many_small_additions_lie_in_few_segments() -> None:
     draw = torch.Generator().manual_seed(0)
     for number in range(100):
         vectors = torch.randn(1, 2, 8, generator=draw).half()
-        collection = collection.plus([(f"/{number % 60}", number, 0)], vectors, None)
+        collection = collection.plus([(f"/{number % 60}", number, 0)], vectors, torch.zeros(1, 3).byte())
         before = collection.files()
         segments = tidied(collection.segments)
         assert [len(segment) for segment in segments] == sorted((len(s) for s in segments), reverse=True)

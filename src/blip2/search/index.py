@@ -32,7 +32,7 @@ from blip2.search.store import Collection, File, Segment, Store
 from blip2.search.update import Embedder, Paths, refreshed
 
 RERANK_BATCH = 8  # whole pictures in memory at once
-DUPLICATE = 0.97  # similarity of an image and the same one at another size or quality, measured in docs/search.md
+DUPLICATE = 0.95  # similarity of an image and the same one at another size or quality, measured in docs/search.md
 
 _log = logging.getLogger(__name__)
 
@@ -191,27 +191,29 @@ class ImageIndex:
         return hits[:k]
 
     def duplicates(self, threshold: float = DUPLICATE, *, progress: Progress | None = None) -> list[list[Hit]]:
-        """Groups of images that are nearly the same.
+        """Groups of images that are nearly the same: they look alike, see `duplicates`, and mean the same.
 
         Args:
-            threshold: similarity of two images, see `nearest`, that puts them into a group; groups that share an image
-                are one.
+            threshold: least similarity of two images, see `nearest`; groups that share an image are one.
         Returns:
             Groups in the order of their first paths; a hit's score is its similarity with the first of its group.
         Raises:
-            ConfigError: the threshold is not within 0..1.
+            ConfigError: the threshold is not above 0 and at most 1.
         """
         if not 0 < threshold <= 1:
             raise ConfigError(f"the threshold is {threshold}; it must be above 0 and at most 1")
         rows = self._rows[np.argsort(np.array([self._files[row][0] for row in self._rows], object), kind="stable")]
+        if not len(rows):
+            return []
 
-        def gathered(some: NDArray[np.int64]) -> Tensor:
+        def vectors(some: NDArray[np.int64]) -> Tensor:
             return self._vectors(rows[some])
 
+        thumbnails = torch.cat([segment.thumbnails for segment in self.collection.segments])[torch.from_numpy(rows)]
         found: list[list[Hit]] = []
-        for group in linked(gathered, len(rows), threshold, progress):
-            vectors = self._vectors(rows[group])
-            scores = similarities(vectors, vectors[:1]).tolist()
+        for group in linked(thumbnails, vectors, threshold, progress):
+            members = self._vectors(rows[group])
+            scores = similarities(members, members[:1]).tolist()
             paths = (Path(self._files[row][0]) for row in rows[group])
             found.append([Hit(path, score) for path, score in zip(paths, scores, strict=True)])
         return found

@@ -27,7 +27,7 @@ from blip2.search.store import Collection, Segment, Shortlist, Store
 
 SCAN_LIMIT = 256_000  # vectors that are compared one by one within 20 ms: 8,000 images of 32, 16,000 of 16
 CELLS_PER_ROOT = 2  # cells: so many times the square root of the number of vectors
-TRAINING = 64  # vectors a cell that its place is learned from
+TRAINING = 40  # vectors a cell that its place is learned from; FAISS asks for 39
 PROBES = 32  # cells that are looked into
 GROWTH = 4  # cells are chosen anew when there are so many times the vectors
 ADDED = 4096  # images in memory at once

@@ -22,6 +22,7 @@ from blip2 import image
 from blip2.bulk import Failure, Progress, batches, opened
 from blip2.errors import ConfigError, ImageError
 from blip2.results import ImageFeatures, Matches
+from blip2.search.duplicates import thumbnail
 from blip2.search.store import Collection, File, Store, tidied
 
 COMMIT_SECONDS = 10.0  # of work that a kill can cost
@@ -113,6 +114,7 @@ class _Work:
     store: Store | None
     files: list[File] = field(default_factory=list[File])
     vectors: list[Tensor] = field(default_factory=list[Tensor])  # float16[B, Q, E] each
+    thumbnails: list[Tensor] = field(default_factory=list[Tensor])  # uint8[T] each
     patches: list[Tensor] = field(default_factory=list[Tensor])  # float16[B, P, D] each
     failed: list[Failure] = field(default_factory=list[Failure])
     since: float = field(default_factory=time.monotonic)
@@ -139,6 +141,7 @@ class _Work:
             return
         self.files += [stamps[str(path)] for path, _ in readable]
         self.vectors.append(vectors.half().cpu())
+        self.thumbnails += [thumbnail(picture) for _, picture in readable]
         if self.collection.keeps_patches:
             patches = features.patches.half().cpu()
             if not patches.isfinite().all():
@@ -149,12 +152,12 @@ class _Work:
         collection = self.collection
         if self.files:
             patches = torch.cat(self.patches) if self.patches else None
-            collection = collection.plus(self.files, torch.cat(self.vectors), patches)
+            collection = collection.plus(self.files, torch.cat(self.vectors), torch.stack(self.thumbnails), patches)
         broken = {str(failure.image) for failure in self.failed}
         collection = replace(collection.without(broken), failed=tuple(self.failed))
         if self.store:
             self.collection = self.store.write(collection)
         else:
             self.collection = replace(collection, segments=tidied(collection.segments))
-        self.files, self.vectors, self.patches = [], [], []
+        self.files, self.vectors, self.thumbnails, self.patches = [], [], [], []
         self.since = time.monotonic()
