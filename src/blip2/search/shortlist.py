@@ -25,7 +25,7 @@ from blip2.files import replacing
 from blip2.search.nearest import Query
 from blip2.search.store import Collection, Segment, Shortlist, Store
 
-SCAN_LIMIT = 256_000  # vectors that are compared one by one within 20 ms: 8,000 images of 32, 16,000 of 16
+SCAN_LIMIT = 160_000  # vectors that are compared one by one within 20 ms: 5,000 images of 32, 10,000 of 16
 CELLS_PER_ROOT = 2  # cells: so many times the square root of the number of vectors
 TRAINING = 40  # vectors a cell that its place is learned from; FAISS asks for 39
 PROBES = 32  # cells that are looked into
