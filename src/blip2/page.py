@@ -23,7 +23,7 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(10rem,
 figure { margin: 0; min-width: 0; }
 figure img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: .5rem; background: #8883; display: block; }
 figcaption { font-size: .8125rem; overflow-wrap: anywhere; margin-top: .25rem; }
-figcaption b { font-variant-numeric: tabular-nums; }
+figcaption b { display: block; font-variant-numeric: tabular-nums; }
 a { color: inherit; text-decoration: none; }
 a:hover { text-decoration: underline; }
 """

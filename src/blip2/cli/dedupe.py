@@ -10,14 +10,14 @@ from blip2.cli.console import TASK, note, progress, result, result_json
 from blip2.cli.index import Cache, OwnModel, Place, opened_index, report_failures, shown_path
 from blip2.cli.options import BatchSize, Device, Dtype, Json, Quantize
 
-DUPLICATE = 0.97  # as `search.index` has it, which would load torch for `--help`
+DUPLICATE = 0.95  # as `search.index` has it, which would load torch for `--help`
 
 
 def dedupe(
     place: Place,
     *,
     threshold: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Similarity from which on two images are nearly the same.")
+        float, typer.Option(min=0.01, max=1, help="Least similarity of two images that look alike.")
     ] = DUPLICATE,
     cache: Cache = True,
     json: Json = False,

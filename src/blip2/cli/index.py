@@ -34,9 +34,7 @@ Cache = Annotated[bool, typer.Option(help="Remember a folder's vectors for the n
 def index(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="PATH", help="Image files, folders or patterns; none: those of before.", show_default=False
-        ),
+        typer.Argument(metavar="PATH", help="Images, folders or patterns; none: those of before.", show_default=False),
     ] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the index.", show_default=False)],
@@ -126,9 +124,11 @@ def opened_index(
 
 
 def shown_path(place: Path, path: Path) -> str:
-    """An image's path as a person typed its folder; as the index has it elsewhere."""
+    """An image's path as a person would type it: below the folder that was named, or from here."""
     root = place.resolve()
-    return str(place / path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    if path.is_relative_to(root):
+        return str(place / path.relative_to(root))
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def report_failures(made: ImageIndex) -> None:

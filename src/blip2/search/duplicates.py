@@ -1,6 +1,8 @@
-"""Images that are nearly the same.
+"""Images that are nearly the same: they look alike, by tiny thumbnails, and mean the same, by their vectors.
 
-Letters: N images, Q queries an image, E width of the image-text space, S width of the sketches, B images of a block.
+Vectors alone do not tell a smaller copy from another picture of the scene, nor thumbnails a foggy field from another.
+
+Letters: N images, Q queries an image, E width of the image-text space, T values of a thumbnail, B images of a block.
 """
 
 from __future__ import annotations
@@ -10,41 +12,46 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SKETCH = 256  # numbers that stand for the Q * E of an image at first
-# Squared distances of sketches spread by sqrt(2 / 256) = 9 % around the true ones: five times that misses one pair
-# in three million.
-SLACK = 1.45
+SIDE = 8  # pixels of a thumbnail
+LEVELS = 12.0  # of 255, that thumbnails of near-duplicates differ by at most: root mean square, see docs/search.md
 BLOCK = 512  # images that are compared with all others at once
-PAIRS = 2048  # pairs that are compared exactly at once
+PAIRS = 2048  # pairs whose vectors are compared at once
+
+Rows = NDArray[np.int64]
+
+
+def thumbnail(picture: Image.Image) -> Tensor:
+    """An RGB image as uint8[T], the mean colours of 8 by 8 fields."""
+    small = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small).reshape(-1).copy())
 
 
 def linked(
-    gathered: Callable[[NDArray[np.int64]], Tensor],
-    count: int,
+    thumbnails: Tensor,
+    vectors: Callable[[Rows], Tensor],
     threshold: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Groups of images each of which is at least so similar to another of its group.
-
-    All pairs are compared by random projections, and those that may be similar enough exactly.
+    """Groups of images each of which is nearly the same as another of its group; all pairs are compared.
 
     Args:
-        gathered: float16[R, Q, E] of some of the images, unit length but for the rounding.
-        count: of images.
-        threshold: mean cosine of the vectors of the same queries.
+        thumbnails: uint8[N, T].
+        vectors: gives float16[R, Q, E] of some of the images, unit length but for the rounding.
+        threshold: least mean cosine of the vectors of the same queries.
     Returns:
         Rows in growing order, groups by their first.
     """
-    parents = list(range(count))
-    for first, second in _pairs(gathered, count, threshold, progress):
+    parents = list(range(len(thumbnails)))
+    for first, second in _pairs(thumbnails, vectors, threshold, progress):
         for one, other in zip(first.tolist(), second.tolist(), strict=True):
             low, high = sorted((_root(parents, one), _root(parents, other)))
             parents[high] = low
     groups: dict[int, list[int]] = {}
-    for row in range(count):
+    for row in range(len(parents)):
         groups.setdefault(_root(parents, row), []).append(row)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -55,41 +62,29 @@ def similarities(one: Tensor, others: Tensor) -> Tensor:
 
 
 def _pairs(
-    gathered: Callable[[NDArray[np.int64]], Tensor],
-    count: int,
+    thumbnails: Tensor,
+    vectors: Callable[[Rows], Tensor],
     threshold: float,
     progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Pairs that are similar enough."""
-    sketches = _sketches(gathered, count)  # (N, S)
-    lengths = sketches.square().sum(1)  # (N,)
-    furthest = SLACK * 2 * (1 - threshold) + 1e-3  # squared; rounding of equal ones
+) -> Iterator[tuple[Rows, Rows]]:
+    """Pairs that look alike and mean the same."""
+    count = len(thumbnails)
+    seen = thumbnails.float() - 128  # (N, T); whole numbers, whose sums stay below 2**24, are exact
+    lengths = seen.square().sum(1)  # (N,)
+    furthest = LEVELS**2 * seen.shape[1]
     for start in range(0, count, BLOCK):
         if progress:
             progress(start, count)
         block = slice(start, start + BLOCK)
-        apart = lengths[block, None] + lengths[None, start:] - 2 * sketches[block] @ sketches[start:].T  # (B, N - start)
+        dots = seen[block] @ seen[start:].T  # (B, N - start)
+        apart = lengths[block, None] + lengths[None, start:] - 2 * dots
         near = (apart <= furthest).triu(1).nonzero().numpy() + start  # each pair once
         for part in np.array_split(near, max(1, -(-len(near) // PAIRS))):
             first, second = part[:, 0], part[:, 1]
-            alike = (similarities(gathered(first), gathered(second)) >= threshold).numpy()
+            alike = (similarities(vectors(first), vectors(second)) >= threshold).numpy()
             yield first[alike], second[alike]
     if progress:
         progress(count, count)
-
-
-def _sketches(gathered: Callable[[NDArray[np.int64]], Tensor], count: int) -> Tensor:
-    """Random projections float32[N, S]: distances as of the images' vectors one after another, divided by sqrt(Q)."""
-    parts: list[Tensor] = []
-    projection = torch.empty(0)
-    for start in range(0, count, BLOCK):
-        vectors = normalize(gathered(np.arange(start, min(start + BLOCK, count))).float(), dim=-1)  # (B, Q, E)
-        flat = vectors.flatten(1) / vectors.shape[1] ** 0.5
-        if not len(projection):
-            draw = torch.Generator().manual_seed(0)
-            projection = torch.randn(flat.shape[1], SKETCH, generator=draw) / SKETCH**0.5
-        parts.append(flat @ projection)
-    return torch.cat(parts) if parts else torch.empty(0, SKETCH)
 
 
 def _root(parents: list[int], row: int) -> int:

@@ -32,7 +32,7 @@ from blip2.search.store import Collection, File, Segment, Store
 from blip2.search.update import Embedder, Paths, refreshed
 
 RERANK_BATCH = 8  # whole pictures in memory at once
-DUPLICATE = 0.97  # similarity of an image and the same one at another size or quality, measured in docs/search.md
+DUPLICATE = 0.95  # similarity of an image and the same one at another size or quality, measured in docs/search.md
 
 _log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class ImageIndex:
             ConfigError: an argument is out of its range, or a condition is none.
             PromptError: the text is empty.
             ImageError: the query, or an image that is re-ranked, cannot be read.
-            DataError: the table, or the index's shortlist, cannot be read.
+            DataError: the table cannot be read.
         Source: BLIP-2, sections 3.1 (similarity) and 4.4 (re-ranking).
         """
         if k < 1 or rerank < 0 or not 0 <= weight <= 1:
@@ -184,33 +184,36 @@ class ImageIndex:
             image = query if image is None else image
         wanted = self._wanted(where, table)
         compared = self._query(text, image, weight)
-        rows = self._nearest(compared, wanted, max(k, rerank))
-        scores = nearest.scores(self._vectors(rows), compared).tolist()
-        found = [(score, self._files[row][0], row) for score, row in zip(scores, rows.tolist(), strict=True)]
-        found = sorted(found, key=lambda each: (-each[0], each[1]))[: max(k, rerank)]
-        hits = [Hit(Path(path), score) for score, path, _ in found]
+        found = self._ranked(compared, self._nearest(compared, wanted, max(k, rerank)))[: max(k, rerank)]
+        hits = [hit for hit, _ in found]
         if text is not None and rerank:
-            hits = self._reranked(text, hits[:rerank], [row for *_, row in found]) + hits[rerank:]
+            hits = self._reranked(text, found[:rerank]) + hits[rerank:]
         return hits[:k]
 
     def duplicates(self, threshold: float = DUPLICATE, *, progress: Progress | None = None) -> list[list[Hit]]:
-        """Groups of images that are nearly the same.
+        """Groups of images that are nearly the same: they look alike, see `duplicates`, and mean the same.
 
         Args:
-            threshold: similarity of two images, see `nearest`, that puts them into a group; groups that share an image
-                are one.
+            threshold: least similarity of two images, see `nearest`; groups that share an image are one.
         Returns:
             Groups in the order of their first paths; a hit's score is its similarity with the first of its group.
         Raises:
-            ConfigError: the threshold is not within 0..1.
+            ConfigError: the threshold is not above 0 and at most 1.
         """
         if not 0 < threshold <= 1:
             raise ConfigError(f"the threshold is {threshold}; it must be above 0 and at most 1")
-        rows = np.array(sorted(self._rows, key=lambda row: self._files[row][0]), np.int64)
+        rows = self._rows[np.argsort(np.array([self._files[row][0] for row in self._rows], object), kind="stable")]
+        if not len(rows):
+            return []
+
+        def vectors(some: NDArray[np.int64]) -> Tensor:
+            return self._vectors(rows[some])
+
+        thumbnails = torch.cat([segment.thumbnails for segment in self.collection.segments])[torch.from_numpy(rows)]
         found: list[list[Hit]] = []
-        for group in linked(lambda some: self._vectors(rows[some]), len(rows), threshold, progress):
-            vectors = self._vectors(rows[group])
-            scores = similarities(vectors, vectors[:1]).tolist()
+        for group in linked(thumbnails, vectors, threshold, progress):
+            members = self._vectors(rows[group])
+            scores = similarities(members, members[:1]).tolist()
             paths = (Path(self._files[row][0]) for row in rows[group])
             found.append([Hit(path, score) for path, score in zip(paths, scores, strict=True)])
         return found
@@ -237,11 +240,8 @@ class ImageIndex:
 
     @cached_property
     def _shortlist(self) -> Any | None:
-        """The FAISS index, where there is one and the library is installed."""
+        """The FAISS index, where there is one that can be used."""
         if self.store is None or self.collection.shortlist is None:
-            return None
-        if shortlist.faiss() is None:
-            _log.warning('all vectors are compared one by one; pip install "blip2[search]" makes it faster')
             return None
         return shortlist.opened(self.store.directory, self.collection.shortlist)
 
@@ -266,7 +266,7 @@ class ImageIndex:
             for segment, here, local in self._places(rows)
             if segment.patches is not None
         ]
-        order = np.argsort(np.concatenate([where for where, _ in parts]))
+        order = np.argsort(np.concatenate([places for places, _ in parts]))
         return torch.cat([part for _, part in parts])[torch.from_numpy(order)]
 
     # -- finding -------------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ class ImageIndex:
         if known is None or index is None or len(wanted) * queries <= shortlist.SCAN_LIMIT:
             return self._scanned(query, wanted, k)
         inside = self._serials[wanted] < known.upto
-        chosen = None if len(wanted) == known.upto else self._serials[wanted[inside]]
+        chosen = None if inside.sum() == known.upto else self._serials[wanted[inside]]
         serials = shortlist.candidates(index, query, queries, chosen, k)
         found = np.union1d(np.searchsorted(self._serials, serials), self._scanned(query, wanted[~inside], k))
         return found if len(found) >= k else self._scanned(query, wanted, k)
@@ -311,10 +311,18 @@ class ImageIndex:
             values[here] = nearest.scan(segment.vectors, local, query)
         return wanted[nearest.best(values, k)]
 
-    def _reranked(self, text: str, hits: Sequence[Hit], rows: Sequence[int]) -> list[Hit]:
+    def _ranked(self, query: Query, rows: NDArray[np.int64]) -> list[tuple[Hit, int]]:
+        """Hits of some rows and the rows, best first."""
+        if not len(rows):
+            return []
+        scores: list[float] = nearest.scores(self._vectors(rows), query).tolist()
+        found = sorted((-score, self._files[row][0], row) for score, row in zip(scores, rows.tolist(), strict=True))
+        return [(Hit(Path(path), -score), row) for score, path, row in found]
+
+    def _reranked(self, text: str, found: Sequence[tuple[Hit, int]]) -> list[Hit]:
         """Hits in the order of ITM log-odds plus similarity, which is what retrieval is evaluated by."""
         judged: list[tuple[float, Hit]] = []
-        for batch in batches(zip(hits, rows, strict=False), RERANK_BATCH):
+        for batch in batches(found, RERANK_BATCH):
             if self.collection.keeps_patches:
                 places = np.array([row for _, row in batch])
                 vectors = self._vectors(places).float()
@@ -365,14 +373,16 @@ def folder_index(
         return ImageIndex.build(model, [root], batch_size=batch_size, progress=progress)
     name = hashlib.sha256(f"{model.identity}\n{root}".encode()).hexdigest()
     place = cache_directory() / "indexes" / name
-    for _ in range(2):
-        try:
-            return ImageIndex.build(model, [root], place, batch_size=batch_size, progress=progress)
-        except DataError as error:
-            reason = error
-            if Store(place).exists:  # of an earlier version, or damaged: it can be made again
-                shutil.rmtree(place, ignore_errors=True)
-    _log.warning("the index of %s is not kept for next time: %s", folder, reason)
+    store = Store(place)
+    try:
+        if store.exists:
+            store.read(mend=True)
+    except DataError:  # of another version, or damaged beyond mending: it can be made again
+        shutil.rmtree(place, ignore_errors=True)
+    try:
+        return ImageIndex.build(model, [root], place, batch_size=batch_size, progress=progress)
+    except DataError as error:
+        _log.warning("the index of %s is not kept for next time: %s", folder, error)
     return ImageIndex.build(model, [root], batch_size=batch_size, progress=progress)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from blip2.errors import DataError
@@ -24,12 +25,14 @@ from blip2.files import replacing
 from blip2.search.nearest import Query
 from blip2.search.store import Collection, Segment, Shortlist, Store
 
-SCAN_LIMIT = 320_000  # vectors that are compared one by one within 20 ms: 10,000 images of 32, 20,000 of 16
-CELLS_PER_ROOT = 4  # cells: so many times the square root of the number of vectors, as FAISS advises
-TRAINING = 64  # vectors a cell that its place is learned from
+SCAN_LIMIT = 160_000  # vectors that are compared one by one within 20 ms: 5,000 images of 32, 10,000 of 16
+CELLS_PER_ROOT = 2  # cells: so many times the square root of the number of vectors
+TRAINING = 40  # vectors a cell that its place is learned from; FAISS asks for 39
 PROBES = 32  # cells that are looked into
 GROWTH = 4  # cells are chosen anew when there are so many times the vectors
 ADDED = 4096  # images in memory at once
+
+_WITHOUT = 'all vectors are compared one by one; pip install "blip2[search]" makes it faster'
 
 _log = logging.getLogger(__name__)
 
@@ -49,51 +52,51 @@ def renewed(store: Store, collection: Collection) -> Collection:
     Raises:
         DataError: the disk is full or cannot be written.
     """
-    vectors = sum(segment.vectors.shape[0] * segment.vectors.shape[1] for segment in collection.segments)
-    rest = _beyond(collection.segments, collection.shortlist.upto if collection.shortlist else 0)
-    behind = sum(segment.vectors.shape[0] * segment.vectors.shape[1] for segment, _ in rest)
-    if vectors <= SCAN_LIMIT or behind <= SCAN_LIMIT // 2:
+    vectors = _count(_beyond(collection.segments, 0))
+    known = collection.shortlist
+    if known is not None and not _is_whole(store.directory, known):
+        known = None
+    if vectors <= SCAN_LIMIT or _count(_beyond(collection.segments, known.upto if known else 0)) <= SCAN_LIMIT // 2:
         return collection
     library = faiss()
     if library is None:
-        _log.warning(
-            '%s: has %d vectors, which are compared one by one; pip install "blip2[search]" makes it faster',
-            store.directory, vectors,
-        )  # fmt: skip
+        _log.warning("%s: %s", store.directory, _WITHOUT)
         return collection
-    known = collection.shortlist
-    if known is None or vectors > GROWTH * known.trained:
-        index, trained = _trained(library, collection.segments, vectors), vectors
-        rest = _beyond(collection.segments, 0)
-    else:
-        index, trained = opened(store.directory, known, mapped=False), known.trained
-    _add(index, rest)
+    index = None
+    if known is not None and vectors <= GROWTH * known.trained:
+        index = opened(store.directory, known, mapped=False)
+    if known is None or index is None:
+        index, known = _trained(library, collection.segments, vectors), Shortlist("", 0, 0, vectors)
+    _add(index, _beyond(collection.segments, known.upto))
     path = store.directory / f"{secrets.token_hex(8)}.faiss"
     try:
         with replacing(path) as partial:
             library.write_index(index, str(partial))
-        shortlist = Shortlist(path.name, path.stat().st_size, collection.next_serial, trained)
+        shortlist = Shortlist(path.name, path.stat().st_size, collection.next_serial, known.trained)
     except (OSError, RuntimeError) as error:  # what faiss raises on a full disk
         raise DataError(f"{path}: cannot be written ({error}); make room, and run again") from error
     return store.write(replace(collection, shortlist=shortlist))
 
 
-def opened(directory: Path, shortlist: Shortlist, *, mapped: bool = True) -> Any:
-    """The FAISS index, read where it lies on the disk unless it is to grow.
-
-    Raises:
-        DataError: it is missing or damaged.
-        ModuleNotFoundError: faiss is not installed.
-    """
-    import faiss as library
-
+def opened(directory: Path, shortlist: Shortlist, *, mapped: bool = True) -> Any | None:
+    """The FAISS index, read where it lies on the disk unless it is to grow; None, with a warning, where it cannot."""
+    library = faiss()
+    if library is None:
+        _log.warning("%s: %s", directory, _WITHOUT)
+        return None
     path = directory / shortlist.name
     try:
-        if path.stat().st_size != shortlist.size:
-            raise RuntimeError("has another size than when it was written")
+        if not _is_whole(directory, shortlist):
+            raise RuntimeError("not as it was written")
         return library.read_index(str(path), library.IO_FLAG_MMAP if mapped else 0)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: is missing or damaged ({error}); remove the index and make it again") from error
+        _log.warning("%s: is missing or damaged (%s); all vectors are compared one by one", path, error)
+        return None
+
+
+def _is_whole(directory: Path, shortlist: Shortlist) -> bool:
+    path = directory / shortlist.name
+    return path.is_file() and path.stat().st_size == shortlist.size
 
 
 def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64] | None, k: int) -> NDArray[np.int64]:
@@ -103,8 +106,7 @@ def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64]
         queries: vectors an image has.
         wanted: serials to choose from, all where None.
     """
-    import faiss as library
-
+    library: Any = faiss()
     selector = None
     if wanted is not None:
         bits = np.zeros((int(wanted[-1]) + 1 if len(wanted) else 0) * queries, bool)
@@ -112,16 +114,16 @@ def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64]
         selector = library.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
     parameters = library.SearchParametersIVF(nprobe=PROBES, sel=selector)
     found = [
-        index.search(part.reshape(-1, part.shape[-1]).numpy(), _depth(k, queries), params=parameters)[1].reshape(-1)
+        index.search(np.atleast_2d(part.numpy()), _depth(k, queries, part.ndim), params=parameters)[1].reshape(-1)
         for _, part in query.parts
     ]
     entries = np.concatenate(found)
     return np.unique(entries[entries >= 0] // queries)
 
 
-def _depth(k: int, queries: int) -> int:
-    """Entries to ask for: an image may take several places."""
-    return min(2048, max(256, 4 * k * queries))  # FAISS allows any; beyond, the exact comparison costs more
+def _depth(k: int, queries: int, ndim: int) -> int:
+    """Entries to ask for: of a text's, an image may take several places; of an image there is a list for each query."""
+    return max(256, 4 * k * queries) if ndim == 1 else max(64, 8 * k)
 
 
 def _trained(library: Any, segments: Sequence[Segment], vectors: int) -> Any:
@@ -134,7 +136,7 @@ def _trained(library: Any, segments: Sequence[Segment], vectors: int) -> Any:
     draw = np.random.default_rng(0)
     share = min(1.0, TRAINING * cells / vectors)
     sample = [
-        segment.vectors.view(-1, width)[draw.random(segment.vectors.shape[0] * segment.vectors.shape[1]) < share]
+        segment.vectors.view(-1, width)[torch.from_numpy(draw.random(_count([(segment, segment.serials)])) < share)]
         for segment in segments
     ]
     index.train(np.concatenate([part.float().numpy() for part in sample]))
@@ -145,6 +147,11 @@ def _beyond(segments: Sequence[Segment], upto: int) -> list[tuple[Segment, NDArr
     """Segments with the rows whose serials are not below `upto`."""
     found = [(segment, np.flatnonzero(segment.serials >= upto)) for segment in segments]
     return [(segment, rows) for segment, rows in found if len(rows)]
+
+
+def _count(rest: Sequence[tuple[Segment, NDArray[np.int64]]]) -> int:
+    """Vectors of all these rows."""
+    return sum(len(rows) * segment.vectors.shape[1] for segment, rows in rest)
 
 
 def _add(index: Any, rest: Sequence[tuple[Segment, NDArray[np.int64]]]) -> None:

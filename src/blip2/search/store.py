@@ -3,7 +3,8 @@
 A change writes one new segment, then puts a new manifest in the place of the old: whoever is killed, or reads
 meanwhile, finds the index before or after it. One process writes at a time; the lock falls with the process.
 
-Letters: N images, Q queries an image, E width of the image-text space, P patches, D their width.
+Letters: N images, Q queries an image, E width of the image-text space, P patches, D their width, T values of a
+thumbnail.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
-import pydantic
 import safetensors
 import safetensors.torch
 import torch
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 File: TypeAlias = tuple[str, int, int]  # path, size in bytes, time of the last change in nanoseconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segment:
     """Images that were written together.
 
@@ -51,6 +51,7 @@ class Segment:
         files: in the order in which they were encoded.
         serials: int64[N], growing; no two images of an index ever have the same.
         vectors: float16[N, Q, E], unit length but for the rounding.
+        thumbnails: uint8[N, T], what the images look like.
         patches: float16[N, P, D] where they are kept for re-ranking.
         dead: bool[N], images that have left, or were encoded anew.
         name: of the file; empty until it is written.
@@ -59,6 +60,7 @@ class Segment:
     files: tuple[File, ...]
     serials: NDArray[np.int64]
     vectors: Tensor
+    thumbnails: Tensor
     patches: Tensor | None
     dead: NDArray[np.bool_]
     name: str = ""
@@ -84,6 +86,7 @@ def merged(segments: Sequence[Segment]) -> Segment:
         tuple(segment.files[row] for segment, rows, _ in parts for row in rows.tolist()),
         np.concatenate([segment.serials[rows] for segment, rows, _ in parts]),
         torch.cat([segment.vectors[rows] for segment, _, rows in parts]),
+        torch.cat([segment.thumbnails[rows] for segment, _, rows in parts]),
         torch.cat(patches) if patches else None,
         np.zeros(sum(map(len, alive)), bool),
     )
@@ -152,11 +155,13 @@ class Collection:
     def without(self, paths: Container[str]) -> Collection:
         return replace(self, segments=tuple(segment.without(paths) for segment in self.segments))
 
-    def plus(self, files: Sequence[File], vectors: Tensor, patches: Tensor | None) -> Collection:
+    def plus(
+        self, files: Sequence[File], vectors: Tensor, thumbnails: Tensor, patches: Tensor | None = None
+    ) -> Collection:
         """With these images, which take the place of those with the same paths."""
         end = self.next_serial + len(files)
         serials = np.arange(self.next_serial, end, dtype=np.int64)
-        segment = Segment(tuple(files), serials, vectors, patches, np.zeros(len(files), bool))
+        segment = Segment(tuple(files), serials, vectors, thumbnails, patches, np.zeros(len(files), bool))
         rest = self.without({file[0] for file in files})
         return replace(rest, segments=(*rest.segments, segment), next_serial=end)
 
@@ -320,7 +325,11 @@ class Store:
         )
 
     def _write_segment(self, segment: Segment) -> Segment:
-        tensors: dict[str, Tensor] = {"vectors": segment.vectors, "serials": torch.from_numpy(segment.serials)}
+        tensors: dict[str, Tensor] = {
+            "vectors": segment.vectors,
+            "thumbnails": segment.thumbnails,
+            "serials": torch.from_numpy(segment.serials),
+        }
         if segment.patches is not None:
             tensors["patches"] = segment.patches
         path = self.directory / f"{secrets.token_hex(8)}.safetensors"
@@ -355,22 +364,24 @@ def _read_segment(path: Path, dead_rows: Sequence[int], patches_wanted: bool) ->
             rows: list[Any] = json.loads((file.metadata() or {})["files"])
             files = tuple((str(name), int(size), int(time)) for name, size, time in rows)
             vectors: Tensor = file.get_tensor("vectors")
+            thumbnails: Tensor = file.get_tensor("thumbnails")
             serials: NDArray[np.int64] = file.get_tensor("serials").numpy()
             patches: Tensor | None = file.get_tensor("patches") if patches_wanted else None
         count = len(files)
         dead = np.zeros(count, bool)
         dead[dead_rows] = True
         if (
-            vectors.dtype != torch.float16
-            or vectors.ndim != 3
-            or {len(vectors), len(serials), len(vectors if patches is None else patches)} != {count}
+            (vectors.dtype, thumbnails.dtype) != (torch.float16, torch.uint8)
+            or (vectors.ndim, thumbnails.ndim) != (3, 2)
+            or {len(vectors), len(thumbnails), len(serials), len(vectors if patches is None else patches)} != {count}
             or (np.diff(serials) <= 0).any()
         ):
             raise ValueError(f"{count} files, vectors {tuple(vectors.shape)}")
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError) as error:
+    # torch, which maps the file, raises RuntimeError where it is gone
+    except (safetensors.SafetensorError, OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
         problem = f"{path}: is missing or damaged ({_first_line(error)}); `blip2 index` mends it"
         raise DataError(problem) from error
-    return Segment(files, serials, vectors, patches, dead, path.name)
+    return Segment(files, serials, vectors, thumbnails, patches, dead, path.name)
 
 
 def _first_line(error: Exception) -> str:

@@ -95,11 +95,13 @@ def _rows(source: Path) -> list[dict[str, Any]]:
                 csv.field_size_limit(_CELL)
                 with source.open(newline="", encoding="utf-8-sig") as file:
                     return [
-                        {str(name): value for name, value in row.items() if name is not None}  # pyright: ignore[reportUnnecessaryComparison]  (cells beyond the head)
+                        {str(name): value for name, value in row.items() if name is not None}
                         for row in csv.DictReader(file)
                     ]
             case ".jsonl":
-                rows = [json.loads(line) for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+                rows = [
+                    json.loads(line) for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+                ]
                 if not all(isinstance(row, dict) for row in rows):
                     raise ValueError("a line is no object")
                 return cast("list[dict[str, Any]]", rows)

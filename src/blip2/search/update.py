@@ -20,8 +20,9 @@ from torch import Tensor
 
 from blip2 import image
 from blip2.bulk import Failure, Progress, batches, opened
-from blip2.errors import ImageError
+from blip2.errors import ConfigError, ImageError
 from blip2.results import ImageFeatures, Matches
+from blip2.search.duplicates import thumbnail
 from blip2.search.store import Collection, File, Store, tidied
 
 COMMIT_SECONDS = 10.0  # of work that a kill can cost
@@ -57,8 +58,8 @@ def refreshed(
         DataError: the store cannot be written.
     """
     roots, files = _found(collection, [os.path.abspath(path) for path in paths])  # noqa: PTH100  (keeps links)
-    stamps = {path: _stamp(path) for path in files}
     known = collection.files()
+    stamps = {path: known[path] if is_away else _stamp(path) for path, is_away in files.items()}
     todo = [path for path in files if known.get(path) != stamps[path]]
     gone = set(known) - set(files)
     if not todo and not gone and roots == collection.roots and not collection.failed:
@@ -80,19 +81,20 @@ def refreshed(
     return work.collection
 
 
-def _found(collection: Collection, given: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """All roots, and the files that they stand for, in order."""
+def _found(collection: Collection, given: Sequence[str]) -> tuple[tuple[str, ...], dict[str, bool]]:
+    """All roots, and the files that they stand for, in order, with whether a file is known but away with its folder."""
     roots = tuple(dict.fromkeys([*collection.roots, *given]))
-    found = {os.path.abspath(path) for path in image.find_images(given)} if given else set[str]()  # noqa: PTH100
+    found = dict.fromkeys(map(str, image.find_images(given) if given else ()), False)
     for root in collection.roots:
         try:
-            found.update(os.path.abspath(path) for path in image.find_images([root]))  # noqa: PTH100
+            found |= dict.fromkeys(map(str, image.find_images([root])), False)
         except ImageError:  # nothing is there any more
             if not os.path.lexists(root) and not glob.has_magic(root):  # nor the folder: its disk may be unplugged
-                found.update(path for path in collection.files() if path.startswith(os.path.join(root, "")))  # noqa: PTH118
+                inside = os.path.join(root, "")  # noqa: PTH118  (ends in a slash)
+                found |= {path: True for path in collection.files() if path.startswith(inside) and path not in found}
     if not found:
         raise ImageError(f"{', '.join(roots) or 'an empty list of paths'}: no images found")
-    return roots, sorted(found, key=Path)
+    return roots, dict(sorted(found.items(), key=lambda item: Path(item[0])))
 
 
 def _stamp(path: str) -> File:
@@ -112,6 +114,7 @@ class _Work:
     store: Store | None
     files: list[File] = field(default_factory=list[File])
     vectors: list[Tensor] = field(default_factory=list[Tensor])  # float16[B, Q, E] each
+    thumbnails: list[Tensor] = field(default_factory=list[Tensor])  # uint8[T] each
     patches: list[Tensor] = field(default_factory=list[Tensor])  # float16[B, P, D] each
     failed: list[Failure] = field(default_factory=list[Failure])
     since: float = field(default_factory=time.monotonic)
@@ -138,19 +141,23 @@ class _Work:
             return
         self.files += [stamps[str(path)] for path, _ in readable]
         self.vectors.append(vectors.half().cpu())
+        self.thumbnails += [thumbnail(picture) for _, picture in readable]
         if self.collection.keeps_patches:
-            self.patches.append(features.patches.half().cpu())
+            patches = features.patches.half().cpu()
+            if not patches.isfinite().all():
+                raise ConfigError("this model's patches are beyond half precision; make an index without them")
+            self.patches.append(patches)
 
     def commit(self) -> None:
         collection = self.collection
         if self.files:
             patches = torch.cat(self.patches) if self.patches else None
-            collection = collection.plus(self.files, torch.cat(self.vectors), patches)
+            collection = collection.plus(self.files, torch.cat(self.vectors), torch.stack(self.thumbnails), patches)
         broken = {str(failure.image) for failure in self.failed}
         collection = replace(collection.without(broken), failed=tuple(self.failed))
         if self.store:
             self.collection = self.store.write(collection)
         else:
             self.collection = replace(collection, segments=tidied(collection.segments))
-        self.files, self.vectors, self.patches = [], [], []
+        self.files, self.vectors, self.thumbnails, self.patches = [], [], [], []
         self.since = time.monotonic()

@@ -36,7 +36,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 _CONDITION = re.compile(
     r"""\s*(?: "(?P<quoted>[^"]+)" | (?P<bare>\w[\w.\-]*) )
         \s*(?P<operator> <= | >= | != | !~ | == | [=<>~] )
-        \s*(?: "(?P<text>[^"]*)" | (?P<word>[^"\s](?:[^"]*[^"\s])?) )\s*""",
+        \s*(?: "(?P<text>[^"]*)" | (?P<word>[^"\s=<>~!](?:[^"\n]*[^"\s])?) )\s*""",
     re.VERBOSE,
 )
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", re.IGNORECASE)
@@ -92,7 +92,9 @@ def _fulfilled(condition: Condition, files: Sequence[File], columns: Mapping[str
     if condition.column in columns:
         return _compared(condition, columns[condition.column])
     if condition.column == "path":
-        return _matching(condition, [file[0] for file in files]) if "~" in condition.operator else _path(condition, files)
+        return (
+            _matching(condition, [file[0] for file in files]) if "~" in condition.operator else _path(condition, files)
+        )
     if condition.column == "date":
         return _dated(condition, np.array([file[2] / 1e9 for file in files]))
     if condition.column == "size":
