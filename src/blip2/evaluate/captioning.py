@@ -185,8 +185,8 @@ class _Meteor:
         """float64[23]: what a caption adds to the sums that a corpus score is made of."""
         parts = [text.replace("|||", " ") for text in (*references, generated)]
         row = np.array(self._answer(f"SCORE ||| {' ||| '.join(parts)}", 1)[0].split(), dtype=np.float64)
-        whole = {row[column] for column in (*self._LENGTHS, *self._MATCHES)}
-        if len(whole) == 1 and row[self._CHUNKS] == 1:
+        lengths, matches = row[list(self._LENGTHS)], row[list(self._MATCHES)]
+        if (lengths == matches).all() and row[self._CHUNKS] == 1:
             row[self._CHUNKS] = 0  # METEOR's own rule when it adds up a corpus: a perfect caption is not fragmented
         return row
 
