@@ -22,14 +22,13 @@ from wordnet import DATABASE, WordNet
 
 import blip2
 from blip2.blip2 import Blip2
+from blip2.decoding import BEAMS
 from blip2.errors import Blip2Error
-from blip2.evaluate import evaluate_answers, evaluate_captions, evaluate_retrieval
+from blip2.evaluate import evaluate_answers, evaluate_captions, evaluate_retrieval, of_samples, write_captions
 from blip2.evaluate.estimate import mean
-from blip2.evaluate.run import write_captions
 
 TOP = 32  # of each query's best are re-ranked by matching
 WEIGHT = 0.05  # of a match's logit beside the cosine: the best of 0.02 to 1 for text to image on validation pictures
-BEAMS = 5
 
 Texts = list[dict[str, Any]]
 
@@ -46,8 +45,8 @@ def retrieval(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
 def captions(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
     """Flickr8k's test set."""
     samples = data.flickr8k("test")
-    found, written = evaluate_captions(model, samples, num_beams=BEAMS, progress=show)
-    texts = [{"id": sample.id, "caption": text} for sample, text in zip(samples, written, strict=True)]
+    found, written = evaluate_captions(model, samples, progress=show)
+    texts = [{"id": sample.id, "caption": caption.text} for sample, caption in zip(samples, written, strict=True)]
     return {f"Flickr8k test, captions with {BEAMS} beams": {**found}}, texts
 
 
@@ -61,20 +60,19 @@ def named(model: Blip2, data: Data, naming: Naming) -> tuple[Numbers, Texts]:
     """Held-out photographs of things whose names are trained: is the caption's head noun the thing?"""
     samples, things = data.stamps("named"), data.things("named")
     texts: Texts = []
-    for sample, caption in zip(samples, write_captions(model, samples, num_beams=BEAMS, progress=show), strict=True):
-        thing = things[sample.id]
+    for sample, written in zip(samples, write_captions(model, samples, progress=show), strict=True):
+        thing, caption = things[sample.id], written.text
         texts.append({"id": sample.id, "thing": thing, "given": caption, "right": naming.same_thing(caption, thing)})
     return {"held-out stamps, captions": {"named": mean([text["right"] for text in texts])}}, texts
 
 
 def questions(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
     """Questions made from Flickr8k's test captions, beside the best single answer to each kind."""
-    samples = data.questions("test")
-    found, given = evaluate_answers(model, samples, data.kind, num_beams=BEAMS, progress=show)
-    asked = [(sample.id, *pair) for sample in samples for pair in sample.questions]
+    asked = of_samples(data.questions("test"), data.kind)
+    found, given = evaluate_answers(model, asked, progress=show)
     texts = [
-        {"id": key, "question": question, "answer": answer, "given": text}
-        for (key, question, answer), text in zip(asked, given, strict=True)
+        {"id": question.picture, "question": question.text, "answer": question.answers[0], "given": answer.text}
+        for question, answer in zip(asked, given, strict=True)
     ]
     return {"questions": answer_numbers(found)}, texts
 

@@ -264,6 +264,12 @@ class Blip2:
         read = [plain(text) for text in texts] if self.config.plain_texts else texts
         return self.text_tokenizer.batch(read, min(TEXT_LENGTH, self.config.qformer.positions)).to(self.device)
 
+    def unread(self, text: str) -> int:
+        """How many tokens of a text lie beyond those that are matched or embedded."""
+        read = plain(text) if self.config.plain_texts else text
+        tokens = [] if self.text_tokenizer is None else self.text_tokenizer.encode([read])[0]
+        return max(0, len(tokens) - min(TEXT_LENGTH, self.config.qformer.positions))
+
     def writer(self) -> tuple[LanguageModel, Tokenizer]:
         """The language model and its tokenizer.
 

@@ -19,6 +19,9 @@ from blip2.model.prefix import SLOT
 if TYPE_CHECKING:
     import tokenizers
 
+_REMOVED = re.compile(r'[.!"()*#:;~]')  # punctuation that the published models' texts lost
+WORDS = 50  # of a text, as published
+
 IMAGE = "<image>"  # in a prompt, where an image stands
 
 
@@ -175,6 +178,27 @@ def plain(text: str) -> str:
     text = re.sub(r"\s+", " ", text.lower()).strip()
     text = re.sub(r" +([.,;:!?'])", r"\1", text)
     return re.sub(r"[\s.]+$", "", text) or text
+
+
+def published_caption(caption: str, words: int = WORDS) -> str:
+    """As the published models read captions: `A dog (brown) runs!` is `a dog brown runs`.
+
+    Source: LAVIS, its processor `blip_caption`.
+    """
+    spaced = re.sub(r"\s{2,}", " ", _REMOVED.sub(" ", caption.lower()))
+    return _first(spaced.rstrip("\n").strip(" "), words)
+
+
+def published_question(question: str, words: int = WORDS) -> str:
+    """As the published models read questions: `What's (roughly) this?` is `what's roughly this?`.
+
+    Source: LAVIS, its processor `blip_question`.
+    """
+    return _first(_REMOVED.sub("", question.lower()).rstrip(" "), words)
+
+
+def _first(text: str, count: int) -> str:
+    return " ".join(text.split(" ")[:count])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

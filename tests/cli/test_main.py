@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 import blip2
 from blip2.cli import app
 
-COMMANDS = ("caption", "ask", "chat", "match", "embed", "search", "info", "convert", "verify", "train", "bench",
-            "evaluate")  # fmt: skip
-EVALUATIONS = ("retrieval", "captions", "answers")
+COMMANDS = (
+    *("caption", "ask", "chat", "match", "embed", "index", "search", "dedupe"),
+    *("info", "convert", "verify", "train", "bench", "evaluate"),
+)
+EVALUATIONS = ("caption", "vqa", "gqa", "retrieval")
 START = "from blip2.cli import main; main()"
 
 

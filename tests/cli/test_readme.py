@@ -20,8 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.usefixtures("photos")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def recipes() -> dict[str, str]:
@@ -37,16 +37,16 @@ def session() -> Iterator[tuple[list[str], str]]:
             yield shlex.split(line)[1:], output
 
 
-def commands() -> Iterator[list[str]]:
+def commands(text: str = README) -> Iterator[list[str]]:
     """The commands that are shown without output, patterns filled in as a shell would."""
-    for block in blocks("sh"):
+    for block in blocks("sh", text):
         for line in block.splitlines():
             if line.startswith("blip2 "):
                 words = shlex.split(line, comments=True)[1:]
                 yield [
                     found
                     for word in words
-                    for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+                    for found in (sorted(map(str, Path().glob(word))) or [word] if "*" in word else [word])
                 ]
 
 

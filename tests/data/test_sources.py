@@ -288,7 +288,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"a\.tar: cannot be read: Is a directory"):
         sources.read(tmp_path / "shards")
     (tmp_path / "coco" / "annotations" / "captions_val.json").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"captions_val\.json: cannot be read: Is a directory"):
+    with pytest.raises(DataError, match=r"captions_val\.json: cannot be read as JSON: Is a directory"):
         sources.read(tmp_path / "coco", split="val")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from blip2.blip2 import Blip2
 from blip2.config import Blip2Config, PartConfig, QFormerConfig
 from blip2.model.bridge import Bridge
+from blip2.results import Generation
 from blip2.text import Tokenizer
 
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "white": (250, 250, 250)}
@@ -36,14 +37,19 @@ class Colours:
         return torch.cat([quarters, quarters], dim=-1)
 
 
+def said(text: str) -> Generation:
+    """What a model says of itself beside a text: longer ones are less sure."""
+    return Generation(text, (), (), -float(len(text)), "stop")
+
+
 class Namer(Blip2):
     """Writes the name of the colour that it sees: what the language model would do."""
 
-    def caption(self, images: Any, **_options: Any) -> Any:
-        return [f"a {self._colour(patches)} square" for patches in self.encode(images).patches]
+    def caption(self, images: Any, _prompt: Any = None, **_options: Any) -> Any:
+        return [said(f"a {self._colour(patches)} square") for patches in self.encode(images).patches]
 
     def ask(self, images: Any, _questions: Any, **_options: Any) -> Any:
-        return [self._colour(patches) for patches in self.encode(images).patches]
+        return [said(self._colour(patches)) for patches in self.encode(images).patches]
 
     def _colour(self, patches: torch.Tensor) -> str:
         seen = (patches[:, :3].mean(0) * 0.25 + 0.5) * 255
@@ -52,6 +58,11 @@ class Namer(Blip2):
 
 @pytest.fixture(scope="module")
 def model() -> Namer:
+    return namer()
+
+
+def namer() -> Namer:
+    """The model."""
     torch.manual_seed(0)
     words = ["[PAD]", "[CLS]", "[SEP]", "[DEC]", "[UNK]", "a", "square", "of", *COLOURS]
     rust = tokenizers.Tokenizer(
@@ -60,7 +71,7 @@ def model() -> Namer:
     rust.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = Tokenizer(rust, bos=None, pad=0, stop_ids=(2,), frame=(1, 2))
     bridge = Bridge(CONFIG).eval().requires_grad_(False)
-    return Namer(CONFIG, Colours(), bridge, None, None, tokenizer, torch.device("cpu"))
+    return Namer(CONFIG, Colours(), bridge, None, None, tokenizer, torch.device("cpu"), identity="colours")
 
 
 @pytest.fixture

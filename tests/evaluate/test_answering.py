@@ -13,7 +13,10 @@ from blip2.evaluate.answering import answers, normalise, score
         ("The red car.", "red car"),
         ("a man, an apple", "man apple"),
         ("dont", "don't"),
-        ("couldntve", "couldn't've"),
+        ("couldntve", "couldntve"),  # only one missing apostrophe is mended
+        ("couldnt've couldn'tve", "couldn't've couldn't've"),
+        ("somebody'd", "somebodyd"),
+        ("Im", "im"),  # the table has it with a capital, which no lower case meets
         ("YES!", "yes"),
         ("on the\ntable", "on table"),
         ("1,000", "1000"),

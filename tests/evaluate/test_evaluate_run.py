@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ from blip2.blip2 import Blip2
 from blip2.data import sources
 from blip2.data.sources import Prototype, Sample
 from blip2.errors import ConfigError, DataError, ImageError
-from blip2.evaluate import texts_of
-from blip2.evaluate.run import cosines, encode, evaluate_answers, evaluate_retrieval, match_pairs
+from blip2.evaluate import protocols, run, texts_of
+from blip2.evaluate.kept import keeping
+from blip2.evaluate.run import cosines, encode, evaluate_retrieval, match_pairs, published_texts, rank_pictures
 from blip2.results import ImageFeatures
 
 
@@ -57,17 +57,40 @@ def test_retrieval_ranks_by_cosine_and_then_by_matching(model: Blip2, folder: Pa
     assert evaluate_retrieval(model, samples, top=2) == found
 
 
-def test_answers_are_asked_in_the_order_of_samples_whatever_the_batch(model: Blip2, folder: Path) -> None:
-    questions = folder / "questions.jsonl"
-    names = ("white", "red", "green", "blue")
-    rows = [{"id": name, "questions": [["what color is it?", name], ["is it square?", "yes"]]} for name in names]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    samples = sources.read(folder, questions=questions)
-    for batch_size in (1, 3, 100):
-        found, given = evaluate_answers(model, samples, batch_size=batch_size)
-        assert given == [sample.id for sample in samples for _ in range(2)]
-        assert found["other"].accuracy.value == 1.0
-        assert (found["yes/no"].accuracy.value, found["yes/no"].floor) == (0.0, 1.0)
+def test_the_paper_takes_each_caption_as_a_query_of_its_own_in_the_words_of_its_training() -> None:
+    samples = [Sample("x", Prototype(0), ("A dog!", "a dog")), Sample("y", Prototype(1), ("A dog: brown",))]
+    texts, fits = published_texts(samples)
+    assert texts == ["a dog", "a dog", "a dog brown"]
+    assert fits.tolist() == [[True, True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_a_stopped_retrieval_goes_on_to_the_same_ranks(
+    model: Blip2, folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr(run, "PATCHES_KEPT", room)
+    samples = sources.read(folder)
+    how = protocols.ranking("paper", top=2)
+    whole = rank_pictures(model, samples, how, batch_size=1)
+    out = tmp_path_factory.mktemp("kept") / "run"
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(what: str, done: int, _total: int) -> None:
+        if what == "pairs" and done > 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError), keeping(out, {}) as kept:
+        rank_pictures(model, samples, how, kept=kept, batch_size=1, progress=stop)
+    before = {path: path.stat().st_mtime_ns for path in (out / "blocks").iterdir()}
+    with keeping(out, {}) as kept:
+        found = rank_pictures(model, samples, how, kept=kept, batch_size=1)
+    assert found.recalls == whole.recalls
+    np.testing.assert_array_equal(found.for_images, whole.for_images)
+    np.testing.assert_array_equal(found.for_texts, whole.for_texts)
+    assert 0 < len(before) < len(list((out / "blocks").iterdir()))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 def test_a_picture_that_cannot_be_opened_is_named(model: Blip2, folder: Path) -> None:

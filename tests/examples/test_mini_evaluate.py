@@ -20,7 +20,7 @@ from wordnet import WordNet
 
 import evaluate as mini_evaluate
 from blip2.errors import DataError
-from blip2.evaluate import Estimate
+from blip2.evaluate import Estimate, Written
 
 SYNSETS = (
     "dog", "toy", "cherry", "snow", "cutting_board", "board", "metal", "apple", "man", "people", "grass", "picture",
@@ -204,7 +204,9 @@ def test_sections_can_be_chosen_and_keep_what_was_written(
     samples = [type("Stamp", (), {"id": key})() for key in ("plane", "dog")]
     monkeypatch.setattr(measuring.Data, "stamps", lambda _self, _name: samples)
     monkeypatch.setattr(measuring.Data, "things", lambda _self, _name: {"plane": "airplane", "dog": "dog"})
-    monkeypatch.setattr(mini_evaluate, "write_captions", lambda *_args, **_options: ["a plane flying", "a red car"])
+    monkeypatch.setattr(
+        mini_evaluate, "write_captions", lambda *_args, **_options: [Written("a plane flying"), Written("a red car")]
+    )
     model: Any = None
     numbers, texts = mini_evaluate.measure(model, measuring.Data(made, made), ["named"], naming.wordnet.root)
     assert list(numbers) == ["held-out stamps, captions"]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import blip2
-from blip2.cli import ask, bench, caption, convert, embed, evaluate, info, match, search, train, verify
+from blip2.cli import ask, bench, caption, convert, dedupe, embed, evaluate, index, info, match, search, train, verify
 from blip2.cli.console import fail
 
 app = typer.Typer(
@@ -51,7 +51,9 @@ app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(match.match)
 app.command()(embed.embed)
+app.command()(index.index)
 app.command()(search.search)
+app.command()(dedupe.dedupe)
 app.command()(info.info)
 app.command()(convert.convert)
 app.command()(verify.verify)

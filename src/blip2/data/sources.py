@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from blip2.data import shards
+from blip2.data import official, shards
 from blip2.data.shards import ImageRef
 from blip2.errors import DataError
 
 __all__ = ["TEMPLATES", "Format", "ImageRef", "Prototype", "Sample", "json_lines", "read"]
 
-Format = Literal["auto", "webdataset", "flickr8k", "coco", "table", "folder", "classes"]
+Format = Literal["auto", "webdataset", "flickr8k", "coco", "karpathy", "table", "folder", "classes"]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 TEMPLATES = ("a photo of {}", "a picture of {}", "{}", "this is {}")  # `{}` is the name with its article
@@ -41,12 +41,14 @@ class Sample:
 
     Attributes:
         questions: pairs of question and answer.
+        domain: the part of its set that is measured apart too (NoCaps has such), empty where there are none.
     """
 
     id: str
     image: ImageRef | Prototype
     captions: tuple[str, ...]
     questions: tuple[tuple[str, str], ...] = ()
+    domain: str = ""
 
 
 def read(
@@ -55,6 +57,8 @@ def read(
     *,
     split: str | None = None,
     questions: str | Path | None = None,
+    images: str | Path | None = None,
+    unlabelled: bool = False,
     templates: Sequence[str] = TEMPLATES,
 ) -> list[Sample]:
     """Samples of a data set, in the order in which it holds them.
@@ -67,10 +71,14 @@ def read(
                 random access is what makes resuming exact.
             flickr8k: the folder of the official distribution; needs `split` (train, val or test).
             coco: a folder with `annotations/captions_SPLIT.json` and the pictures; needs `split` (such as train2017).
+                Or such a .json itself, of NoCaps as well.
+            karpathy: the .json of his split of COCO, Flickr30k or Flickr8k; needs `split` (train, val or test).
             table: .csv, .tsv or .jsonl, one picture and text a line; rows of one picture become one sample.
             folder: pictures, each with a .txt of captions beside it, one a line.
             classes: .jsonl of `{"class": index, "names": [...]}`: names for the encoder's class prototypes.
         questions: a .jsonl of `{"id": ..., "questions": [[question, answer], ...]}` that joins samples by id.
+        images: the folder of the pictures that a .json names; the one it lies in without.
+        unlabelled: take pictures without captions and questions too, as test sets have whose captions are kept back.
         templates: captions made of each class name; `{}` is the name with its article.
     Raises:
         DataError: nothing there, a damaged shard, an empty caption, a missing picture, an id twice; the message names
@@ -79,12 +87,17 @@ def read(
     if format not in get_args(Format):
         raise DataError(f"unknown format {format!r}; choose one of {', '.join(get_args(Format))}")
     found = _detect(str(path)) if format == "auto" else format
-    if split is not None and found not in ("flickr8k", "coco"):
+    named = Path(path).suffix.lower() == ".json"
+    if split is not None and (found not in ("flickr8k", "coco", "karpathy") or (found == "coco" and named)):
         raise DataError(f"{path}: data of format {found!r} has no splits; leave `split` out and name the files instead")
+    if images is not None and not named:
+        raise DataError(f"{path}: a folder of pictures is for .json files; data of format {found!r} knows its own")
+    folder = Path(path).parent if images is None else Path(images)
     readers: dict[str, Callable[[], Iterable[tuple[str, Sample]]]] = {
         "webdataset": lambda: _webdataset(str(path)),
         "flickr8k": lambda: _flickr8k(Path(path), split),
-        "coco": lambda: _coco(Path(path), split),
+        "coco": lambda: _official(official.coco(*_coco(Path(path), split, folder)), unlabelled),
+        "karpathy": lambda: _official(official.karpathy(Path(path), folder, split), unlabelled),
         "table": lambda: _table(Path(path)),
         "folder": lambda: _folder(Path(path)),
         "classes": lambda: _classes(Path(path), templates),
@@ -106,8 +119,10 @@ def _detect(path: str) -> Format:
         return "webdataset"
     if suffix in (".csv", ".tsv", ".jsonl"):
         return "table"
+    if suffix == ".json":
+        return official.kind(place)
     if not place.is_dir():
-        raise DataError(f"{path}: neither a folder nor a .tar, .csv, .tsv or .jsonl file")
+        raise DataError(f"{path}: neither a folder nor a .tar, .csv, .tsv, .jsonl or .json file")
     if any(place.glob("*.tar")):
         return "webdataset"
     if _first(place, "Flickr8k.token.txt") is not None:
@@ -249,27 +264,23 @@ def _flickr8k(root: Path, split: str | None) -> Iterator[tuple[str, Sample]]:
         yield _sample(place, Path(name).stem, _file(place, image), captions[name])
 
 
-def _coco(root: Path, split: str | None) -> Iterator[tuple[str, Sample]]:
-    there = sorted(path.stem.removeprefix("captions_") for path in root.glob("annotations/captions_*.json"))
+def _coco(path: Path, split: str | None, images: Path) -> tuple[Path, Path]:
+    """The captions file of a COCO distribution, and its folder of pictures."""
+    if path.suffix.lower() == ".json":
+        return path, images
+    there = sorted(file.stem.removeprefix("captions_") for file in path.glob("annotations/captions_*.json"))
     if split not in there:
-        raise DataError(f"{root}: COCO needs a split, one of {', '.join(there) or 'none found'}, not {split!r}")
-    source = root / "annotations" / f"captions_{split}.json"
-    try:
-        text = source.read_bytes()
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read: {error.strerror}") from None
-    data = _json(str(source), text)
-    try:
-        captions: dict[int, list[str]] = {}
-        for row in data["annotations"]:
-            captions.setdefault(row["image_id"], []).append(row["caption"])
-        images = [(row["id"], row["file_name"]) for row in data["images"]]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{source}: not a COCO captions file: {error!r} is missing") from None
-    folder = next((path for path in (root / split, root / "images" / split, root / "images") if path.is_dir()), root)
-    for key, name in images:
-        place = f"{source}: image {key}"
-        yield _sample(place, str(key), _file(place, folder / name), captions.get(key, ()))
+        raise DataError(f"{path}: COCO needs a split, one of {', '.join(there) or 'none found'}, not {split!r}")
+    return path / "annotations" / f"captions_{split}.json", path
+
+
+def _official(entries: Iterable[official.Entry], unlabelled: bool) -> Iterator[tuple[str, Sample]]:
+    for entry in entries:
+        if unlabelled and not entry.captions:
+            yield entry.place, Sample(entry.key, ImageRef(entry.picture), (), domain=entry.domain)
+        else:
+            place, sample = _sample(entry.place, entry.key, ImageRef(entry.picture), entry.captions)
+            yield place, dataclasses.replace(sample, domain=entry.domain)
 
 
 # Tables, folders, class names

@@ -1,6 +1,7 @@
-"""Caption metrics of the COCO evaluation, by pycocoevalcap: BLEU, METEOR, ROUGE-L, CIDEr. They need Java.
+"""Caption metrics of the COCO evaluation, by pycocoevalcap: BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
-SPICE is left out: its models are downloaded at the first use. Letters: R resamples, N images.
+The official tokenizer, METEOR and SPICE are Java programs; without Java the others stand on `tokens`.
+Letters: R resamples, N images.
 """
 
 from __future__ import annotations
@@ -14,54 +15,105 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from blip2.errors import Blip2Error, DataError, MissingExtraError
+from blip2.errors import Blip2Error, ConfigError, DataError, MissingExtraError
+from blip2.evaluate import tokens
 from blip2.evaluate.estimate import Estimate, Floats, bootstrap, mean
 
+_CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _TINY, _SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against division by zero
 
 
-def captions(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Estimate]:
+Texts = dict[int, list[str]]  # tokenized, by image
+
+
+def captions(
+    generated: Sequence[str], references: Sequence[Sequence[str]], *, java: bool = True, spice: bool = False
+) -> dict[str, Estimate]:
     """Scores of one caption an image against its reference captions.
 
     Intervals resample images. BLEU and METEOR are corpus-level: their statistics are summed anew over each resample.
-    ROUGE-L and CIDEr are means over images; CIDEr's document frequencies stay those of the whole set.
+    ROUGE-L, CIDEr and SPICE are means over images; CIDEr's document frequencies stay those of the whole set.
 
     Args:
         generated: one caption an image.
         references: at least one caption an image.
+        java: False splits captions by our own rules and leaves METEOR out.
+        spice: SPICE too; it takes minutes, and data that pycocoevalcap does not bring.
     Returns:
-        `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, `CIDEr` on their usual scales (CIDEr up to 10, the others up to 1).
+        `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, `CIDEr`, `SPICE` on their usual scales (CIDEr up to 10, the others up
+        to 1).
     Raises:
         DataError: lengths differ, or an image has no reference.
-        MissingExtraError: pycocoevalcap is not installed.
         MissingExtraError: the extra `evaluate`, which brings pycocoevalcap and a Java, is not installed.
+        ConfigError: SPICE is asked for and cannot be had; the message tells what is missing.
         Blip2Error: Java fails.
     Source: Chen et al. 2015, "Microsoft COCO Captions".
     """
+    check_tools(java=java, spice=spice)
+    truth, results = _tokenized(generated, references, java)
+    return {
+        **_bleu(truth, results),
+        **({"METEOR": _meteor(truth, results)} if java else {}),
+        "ROUGE-L": mean(_part("rouge.rouge").Rouge().compute_score(truth, results)[1]),
+        "CIDEr": mean(_cider(truth, results)),
+        **({"SPICE": mean(_spice(truth, results))} if spice else {}),
+    }
+
+
+def cider_of_each(generated: Sequence[str], references: Sequence[Sequence[str]], *, java: bool = True) -> Floats:
+    """float64[N]: each caption's own CIDEr within the set; their mean is that of `captions`."""
+    return _cider(*_tokenized(generated, references, java))
+
+
+def check_tools(*, java: bool = True, spice: bool = False) -> None:
+    """Whether all that `captions` needs is there, before hours of captions are written.
+
+    Raises:
+        MissingExtraError: pycocoevalcap or a Java is missing.
+        ConfigError: SPICE is asked for and cannot be had.
+    """
+    _part("tokenizer")
+    if java or spice:
+        _java()
+    if not spice:
+        return
+    if not java:
+        raise ConfigError("SPICE is a Java program: ask for it with Java, or leave it out")
+    library = Path(_part("spice").__path__[0]) / "lib"
+    missing = [name for name in _CORENLP if not (library / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"SPICE needs {' and '.join(missing)} of Stanford CoreNLP in {library}, which are fetched from the web by "
+            "`python -m pycocoevalcap.spice.get_stanford_models`; or leave SPICE out"
+        )
+    if shutil.which("java") is None:
+        raise ConfigError("SPICE needs a `java` on the PATH, of version 8 as its authors say; or leave SPICE out")
+
+
+def _tokenized(generated: Sequence[str], references: Sequence[Sequence[str]], java: bool) -> tuple[Texts, Texts]:
+    """References and captions by image."""
     if len(generated) != len(references):
         raise DataError(f"{len(generated)} captions, but references for {len(references)} images")
     for number, texts in enumerate(references):
         if not texts:
             raise DataError(f"image {number} has no reference caption")
-    counts = [len(texts) for texts in references]
-    tokens = tokenize([*generated, *(text for texts in references for text in texts)])
-    results = {number: [text] for number, text in enumerate(tokens[: len(generated)])}
-    starts = np.cumsum([len(generated), *counts])
-    truth = {number: tokens[starts[number] : starts[number + 1]] for number in results}
-    rouge = _part("rouge.rouge").Rouge().compute_score(truth, results)[1]
-    cider = _part("cider.cider").Cider().compute_score(truth, results)[1]
-    return {
-        **_bleu(truth, results),
-        "METEOR": _meteor(truth, results),
-        "ROUGE-L": mean(rouge),
-        "CIDEr": mean(cider),
-    }
+    everything = [*generated, *(text for texts in references for text in texts)]
+    split = tokenize(everything) if java else tokens.tokenize(everything)
+    results = {number: [text] for number, text in enumerate(split[: len(generated)])}
+    starts = np.cumsum([len(generated), *(len(texts) for texts in references)])
+    return {number: split[starts[number] : starts[number + 1]] for number in results}, results
 
 
-def check_tools() -> None:
-    """Raises MissingExtraError where pycocoevalcap or a Java is missing: before hours of captions are written."""
-    _part("tokenizer")
-    _java()
+def _cider(truth: Texts, results: Texts) -> Floats:
+    return np.asarray(_part("cider.cider").Cider().compute_score(truth, results)[1], dtype=np.float64)
+
+
+def _spice(truth: Texts, results: Texts) -> list[float]:
+    try:
+        rows = _part("spice.spice").Spice().compute_score(truth, results)[1]
+    except (subprocess.CalledProcessError, OSError) as error:
+        raise Blip2Error(f"SPICE failed ({error}); it needs Java 8 and 8 GB of memory") from error
+    return [row["All"]["f"] for row in rows]
 
 
 def tokenize(texts: Sequence[str]) -> list[str]:
@@ -79,7 +131,7 @@ def tokenize(texts: Sequence[str]) -> list[str]:
     return [" ".join(word for word in row.split() if word not in dropped) for row in rows]
 
 
-def _bleu(truth: dict[int, list[str]], results: dict[int, list[str]]) -> dict[str, Estimate]:
+def _bleu(truth: Texts, results: Texts) -> dict[str, Estimate]:
     scorer = _part("bleu.bleu_scorer").BleuScorer(n=4)
     for number, texts in results.items():
         scorer += (texts[0], truth[number])
@@ -100,7 +152,7 @@ def _bleu(truth: dict[int, list[str]], results: dict[int, list[str]]) -> dict[st
     }
 
 
-def _meteor(truth: dict[int, list[str]], results: dict[int, list[str]]) -> Estimate:
+def _meteor(truth: Texts, results: Texts) -> Estimate:
     with _Meteor() as meteor:
         statistics = np.array([meteor.statistics(results[number][0], truth[number]) for number in results])
         return bootstrap(lambda counts: meteor.scores(counts @ statistics), len(results))
@@ -133,8 +185,8 @@ class _Meteor:
         """float64[23]: what a caption adds to the sums that a corpus score is made of."""
         parts = [text.replace("|||", " ") for text in (*references, generated)]
         row = np.array(self._answer(f"SCORE ||| {' ||| '.join(parts)}", 1)[0].split(), dtype=np.float64)
-        whole = {row[column] for column in (*self._LENGTHS, *self._MATCHES)}
-        if len(whole) == 1 and row[self._CHUNKS] == 1:
+        lengths, matches = row[list(self._LENGTHS)], row[list(self._MATCHES)]
+        if (lengths == matches).all() and row[self._CHUNKS] == 1:
             row[self._CHUNKS] = 0  # METEOR's own rule when it adds up a corpus: a perfect caption is not fragmented
         return row
 

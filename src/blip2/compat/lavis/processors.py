@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,8 +13,7 @@ from torch import Tensor
 from blip2.config import CLIP_MEAN, CLIP_STD
 from blip2.errors import ConfigError, ImageError
 from blip2.image import RandomView, Transform
-
-_REMOVED = re.compile(r'[.!"()*#:;~]')  # punctuation that the training texts lost
+from blip2.text import WORDS, published_caption, published_question
 
 
 class Processor:
@@ -81,23 +79,22 @@ class BlipCaptionProcessor(Processor):
     """A caption in lower case, some punctuation turned to spaces, after a prompt."""
 
     prompt: str = ""
-    max_words: int = 50
+    max_words: int = WORDS
 
     def __call__(self, caption: str) -> str:
         """`A dog (brown) runs!` is `a dog brown runs`."""
-        spaced = re.sub(r"\s{2,}", " ", _REMOVED.sub(" ", _text(caption).lower()))
-        return self.prompt + _first(spaced.rstrip("\n").strip(" "), self.max_words)
+        return self.prompt + published_caption(_text(caption), self.max_words)
 
 
 @dataclass(frozen=True)
 class BlipQuestionProcessor(Processor):
     """A question in lower case, without some punctuation."""
 
-    max_words: int = 50
+    max_words: int = WORDS
 
     def __call__(self, question: str) -> str:
         """`What's (roughly) this?` is `what's roughly this?`."""
-        return _first(_REMOVED.sub("", _text(question).lower()).rstrip(" "), self.max_words)
+        return published_question(_text(question), self.max_words)
 
 
 _KINDS: dict[str, tuple[type[Processor], Mapping[str, Any]]] = {
@@ -133,7 +130,3 @@ def _text(given: object) -> str:
     if not isinstance(given, str):
         raise ConfigError(f"a {type(given).__name__}, not a text: process texts one by one")
     return given
-
-
-def _first(text: str, count: int) -> str:
-    return " ".join(text.split(" ")[:count])
