@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,3 +241,19 @@ def test_weights_are_plain_for_a_while():
     with plain_weights(module):
         pass
     assert not module[0].is_packed
+
+
+def test_weights_are_held_plain_and_packed_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    module = nn.Sequential(*(linear() for _ in range(6)))
+    plain = [weakref.ref(layer.weight) for layer in module if isinstance(layer, nn.Linear)]
+    alive: list[int] = []
+    lay_out = packed._packed  # pyright: ignore[reportPrivateUsage]
+
+    def counting(weight: Tensor) -> Tensor:
+        alive.append(sum(held() is not None for held in plain))
+        return lay_out(weight)
+
+    monkeypatch.setattr(packed, "_packed", counting)
+    pack_layers(module)
+    assert alive == [6, 5, 4, 3, 2, 1]
+    assert all(held() is None for held in plain)

@@ -163,7 +163,8 @@ def pack_layers(*modules: object) -> None:
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # each of these layouts is made by one
             list(threads.map(QuantLinear.pack, coarse))
         owners = Counter(id(weight) for child in module.modules() for weight in _plain_weights(child))
-        for name, child in list(module.named_modules()):
+        for name in [name for name, _ in module.named_modules()]:  # names: a layer in a list would keep its weights
+            child = module.get_submodule(name)
             if isinstance(child, PackedLinear):
                 child.pack()
             elif type(child) is nn.Linear and name and owners[id(child.weight)] == 1 and packs(child.weight):
