@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 SIDE = 8  # pixels of a thumbnail
-LEVELS = 12.0  # of 255, that thumbnails of near-duplicates differ by at most: root mean square, see docs/search.md
+LEVELS = 15.0  # of 255, that thumbnails of near-duplicates differ by at most: root mean square, see docs/search.md
 BLOCK = 512  # images that are compared with all others at once
 PAIRS = 2048  # pairs whose vectors are compared at once
 

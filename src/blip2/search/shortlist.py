@@ -28,7 +28,7 @@ from blip2.search.store import Collection, Segment, Shortlist, Store
 SCAN_LIMIT = 160_000  # vectors that are compared one by one within 20 ms: 5,000 images of 32, 10,000 of 16
 CELLS_PER_ROOT = 2  # cells: so many times the square root of the number of vectors
 TRAINING = 40  # vectors a cell that its place is learned from; FAISS asks for 39
-PROBES = 32  # cells that are looked into
+PROBES = 32  # cells that are looked into for a text
 GROWTH = 4  # cells are chosen anew when there are so many times the vectors
 ADDED = 4096  # images in memory at once
 
@@ -112,18 +112,14 @@ def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64]
         bits = np.zeros((int(wanted[-1]) + 1 if len(wanted) else 0) * queries, bool)
         bits.reshape(-1, queries)[wanted] = True
         selector = library.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
-    parameters = library.SearchParametersIVF(nprobe=PROBES, sel=selector)
-    found = [
-        index.search(np.atleast_2d(part.numpy()), _depth(k, queries, part.ndim), params=parameters)[1].reshape(-1)
-        for _, part in query.parts
-    ]
+    found: list[NDArray[np.int64]] = []
+    for _, part in query.parts:
+        # Of a text's entries an image may take several places; an image is searched by Q vectors, none of them deeply.
+        depth, probes = (max(256, 4 * k * queries), PROBES) if part.ndim == 1 else (max(128, 8 * k), PROBES // 4)
+        parameters = library.SearchParametersIVF(nprobe=probes, sel=selector)
+        found.append(index.search(np.atleast_2d(part.numpy()), depth, params=parameters)[1].reshape(-1))
     entries = np.concatenate(found)
     return np.unique(entries[entries >= 0] // queries)
-
-
-def _depth(k: int, queries: int, ndim: int) -> int:
-    """Entries to ask for: of a text's, an image may take several places; of an image there is a list for each query."""
-    return max(256, 4 * k * queries) if ndim == 1 else max(64, 8 * k)
 
 
 def _trained(library: Any, segments: Sequence[Segment], vectors: int) -> Any:
