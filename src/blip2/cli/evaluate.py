@@ -11,7 +11,7 @@ import typer
 
 from blip2.cli.console import note, open_model
 from blip2.cli.measured import Measurement, bars, tell_unread
-from blip2.cli.options import BatchSize, Chosen, Device, Dtype, Model, Quantize, writes
+from blip2.cli.options import Batch, Chosen, Device, Dtype, Model, Quantize, writes
 from blip2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def caption(
     images: Images = None,
     limit: Limit = None,
     model: Model = "mini",
-    batch_size: BatchSize = 16,
+    batch_size: Batch = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -167,7 +167,7 @@ def vqa(
     images: Images = None,
     limit: Limit = None,
     model: Model = "mini",
-    batch_size: BatchSize = 16,
+    batch_size: Batch = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -213,7 +213,7 @@ def gqa(
     images: Images = None,
     limit: Limit = None,
     model: Model = "mini",
-    batch_size: BatchSize = 16,
+    batch_size: Batch = 16,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -256,7 +256,7 @@ def retrieval(
     images: Images = None,
     limit: Limit = None,
     model: Model = "mini",
-    batch_size: BatchSize = 32,
+    batch_size: Batch = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,

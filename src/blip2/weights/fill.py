@@ -22,7 +22,7 @@ from blip2.model.t5 import T5
 from blip2.quantize import in_blocks, quantized
 from blip2.weights.placement import DISK, FROZEN, Home, put
 from blip2.weights.rules import Rule, check, listed
-from blip2.weights.tensors import Safetensors, Tensors
+from blip2.weights.tensors import Safetensors, Tensors, release
 
 Progress = Callable[[int, int], None]
 """Tensors that are loaded, of how many."""
@@ -83,18 +83,26 @@ def fill(
     for number, rule in enumerate(rules):
         read = [tensors.get(name) for name in rule.theirs]
         made = rule.operation.join(read)
+        settled: list[Tensor] = []
         for name, tensor in zip(rule.ours, made, strict=True):
             mapped = isinstance(tensors, Safetensors) and any(tensor is each for each in read)
-            _settle(parts[name.partition(".")[0]], name, tensor, home, mapped=mapped)
+            settled += _settle(parts[name.partition(".")[0]], name, tensor, home, mapped=mapped)
+        if isinstance(tensors, Safetensors):
+            kept = {each.untyped_storage().data_ptr() for each in settled}
+            for each in read:
+                if each.untyped_storage().data_ptr() not in kept:
+                    release(each)
         if progress is not None:
             progress(number + 1, len(rules))
 
 
-def _settle(part: Part, name: str, tensor: Tensor, home: Home, *, mapped: bool) -> None:
+def _settle(part: Part, name: str, tensor: Tensor, home: Home, *, mapped: bool) -> list[Tensor]:
     """One tensor to its place, as it is to lie there.
 
     Args:
         mapped: whether it lies in a file of the checkpoint.
+    Returns:
+        what lies there now, if that may be the tensor itself.
     """
     key, _, path = name.partition(".")
     module, _, leaf = path.rpartition(".")
@@ -107,9 +115,11 @@ def _settle(part: Part, name: str, tensor: Tensor, home: Home, *, mapped: bool) 
         if place == DISK:
             layer.weight, layer.scale = on_disk(layer.weight), on_disk(layer.scale)
         part.module.set_submodule(module, layer)
-        return
+        return []
     made = tensor.to(here, tensor.dtype if part.keeps else getattr(owner, leaf).dtype)
-    put(part.module, path, on_disk(made) if place == DISK and not (mapped and made is tensor) else made)
+    made = on_disk(made) if place == DISK and not (mapped and made is tensor) else made
+    put(part.module, path, made)
+    return [made]
 
 
 def on_disk(tensor: Tensor) -> Tensor:
