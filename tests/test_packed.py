@@ -257,3 +257,19 @@ def test_weights_are_held_plain_and_packed_one_layer_at_a_time(monkeypatch: pyte
     pack_layers(module)
     assert alive == [6, 5, 4, 3, 2, 1]
     assert all(held() is None for held in plain)
+
+
+def test_verbs_leave_packed_layers_packed():
+    model = build()
+    pack_layers(model.encoder, model.bridge, model.language)
+    parts = [part for part in (model.encoder, model.bridge, model.language) if isinstance(part, nn.Module)]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, PackedLinear)]
+    assert layers
+    features = model.encode([picture(0), picture(1)])
+    model.caption(features, num_beams=3, max_new_tokens=4)
+    model.ask(features[:1], ["what ?", "why ?"], max_new_tokens=4)
+    model.ask(features, "what ?", choices=["yes", "no"])
+    model.chat(picture(0)).say("what ?")
+    model.match(features, ["a dog", "a cat"])
+    "".join(model.caption(picture(0), stream=True, max_new_tokens=4))
+    assert all(layer.is_packed for layer in layers)

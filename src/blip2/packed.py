@@ -89,6 +89,11 @@ class PackedLinear(nn.Linear):
         """Whether the weights lie packed now."""
         return self._packed is not None
 
+    @property
+    def learns(self) -> bool:
+        """Whether weights or bias take a gradient."""
+        return any(p.requires_grad for p in self._held.values() if p is not None) or (self.is_packed and self._trained)
+
     # -- whoever asks for the weights ------------------------------------------------------------------------------
 
     @property
@@ -196,6 +201,14 @@ def plain_weights(*modules: object) -> Generator[None]:
     finally:
         if packed:
             pack_layers(*modules)
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether any parameter takes a gradient; packed layers are not asked for theirs, and stay packed."""
+    return any(
+        child.learns if isinstance(child, PackedLinear) else any(p.requires_grad for p in child.parameters(False))
+        for child in module.modules()
+    )
 
 
 def head(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.model import prefix
+from blip2.packed import learns
 from blip2.protocols import LanguageModel
 
 KEPT = 2**28  # bytes that the images of one call may leave behind: 12 images of OPT-2.7b in float32, 200 of mini
@@ -44,7 +45,7 @@ class Reading:
 
     def keep(self, language: LanguageModel, visual: Tensor, words: list[int], cache: Any) -> None:
         """What the model has read; nothing of one that is being trained, for it changes."""
-        if not isinstance(language, nn.Module) or not any(each.requires_grad for each in language.parameters()):
+        if not isinstance(language, nn.Module) or not learns(language):
             self._kept[language] = visual, words, cache
 
 
