@@ -6,6 +6,7 @@ Tolerance of products: a few units in the last place of the type, of the largest
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import weakref
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from blip2.config import OPTConfig, T5Config
 from blip2.model.opt import OPT
 from blip2.model.t5 import T5
 from blip2.packed import PackedLinear, pack_layers, packs, plain_weights, reads_packed, unpack_layers
-from tiny_model import build, picture
+from tiny_model import CONTEXT, build, picture
 
 pytestmark = pytest.mark.skipif(not reads_packed(torch.float32), reason="this torch has no packed product")
 
@@ -260,9 +261,13 @@ def test_weights_are_held_plain_and_packed_one_layer_at_a_time(monkeypatch: pyte
 
 
 def test_verbs_leave_packed_layers_packed():
-    model = build()
-    pack_layers(model.encoder, model.bridge, model.language)
-    parts = [part for part in (model.encoder, model.bridge, model.language) if isinstance(part, nn.Module)]
+    torch.manual_seed(0)
+    made = build()
+    words = made.writer()[0].vocab_size
+    opt = OPT(OPTConfig(width=16, layers=2, heads=2, mlp_width=32, vocab_size=words, context=CONTEXT))
+    model = dataclasses.replace(made, language=opt)
+    parts = [part for part in (model.encoder, model.bridge, opt) if isinstance(part, nn.Module)]
+    pack_layers(*parts)
     layers = [layer for part in parts for layer in part.modules() if isinstance(layer, PackedLinear)]
     assert layers
     features = model.encode([picture(0), picture(1)])
