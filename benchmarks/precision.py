@@ -25,8 +25,9 @@ from torch import Tensor
 
 from benchmarks import geometry
 from blip2 import image, kernels
-from blip2.blip2 import Blip2, load
+from blip2.blip2 import Blip2
 from blip2.config import PRESETS
+from blip2.loading import load
 from blip2.model import prefix
 
 PRECISIONS: Mapping[str, Mapping[str, str]] = {

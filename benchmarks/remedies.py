@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from blip2 import evaluate
-from blip2.blip2 import Blip2, load
+from blip2.blip2 import Blip2
 from blip2.data import sources
 from blip2.data.sources import Sample
 from blip2.evaluate import answering, run
+from blip2.loading import load
 from blip2.results import ImageFeatures
 
 CAPTIONS: dict[str, dict[str, Any]] = {
