@@ -194,8 +194,10 @@ def read_data(
     Raises:
         DataError: the source cannot be read.
     """
-    templates = {"templates": source.templates} if source.templates else {}
-    samples = sources.read(source.path, source.format, split=source.split, questions=source.questions, **templates)
+    templates = source.templates or sources.TEMPLATES
+    samples = sources.read(
+        source.path, source.format, split=source.split, questions=source.questions, templates=templates
+    )
     if limit is not None and len(samples) > limit:
         samples = [samples[number * len(samples) // limit] for number in range(limit)]
     encoder = parts.encoder()
