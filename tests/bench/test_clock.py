@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 
@@ -36,11 +37,12 @@ def test_phases_cover_a_caption_and_leave_the_model_as_it_was():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what no file backs")
 def test_memory_that_was_held_and_let_go_is_seen():
+    gc.collect()  # what other tests left goes before, not during
     watch = AnonymousMemory()
-    held = torch.ones(2**24)  # 64 MB
+    held = torch.ones(2**26)  # 256 MB
     time.sleep(0.1)
     del held
-    assert watch.stop() >= 2**26
+    assert watch.stop() >= 2**27
 
 
 def test_a_machine_says_what_it_is_and_what_it_reaches(monkeypatch: pytest.MonkeyPatch):
