@@ -33,7 +33,7 @@ def by_halves(x: Tensor, sums: Callable[[Tensor], Tensor], *, one: bool = False)
     """
     count = len(x)
     x = x.float()
-    peak = torch.linalg.vector_norm(x, float("inf"), 1, keepdim=True)  # (M, 1)
+    peak = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))  # (M, 1); the norm takes 20 times as long
     fine = (peak / (INT8_END * HALVES)).clamp_(min=torch.finfo(torch.float32).tiny)  # a step of the second half
     steps = x / fine
     high = (steps / HALVES).round_()
