@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 _BAR, _GAP, _LABELS, _NUMBERS = 16, 10, 250, 150  # pixels
 
 
@@ -59,7 +59,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str = "s", width: int 
             text = at + _BAR - 4
             parts.append(f'<text x="{_LABELS - 8}" y="{text}" text-anchor="end">{escape(name)}</text>')
             parts.append(f'<rect x="{_LABELS}" y="{at}" width="{length:.1f}" height="{_BAR - 2}" fill="{colour}"/>')
-            parts.append(f'<text x="{_LABELS + length + 6:.1f}" y="{text}">{value:.3g} {escape(unit)}</text>')
+            parts.append(f'<text x="{_LABELS + length + 6:.1f}" y="{text}">{_shown(value)} {escape(unit)}</text>')
             at += _BAR
         at += _GAP + 14
     return _page(width, at - 8, parts)
@@ -72,3 +72,8 @@ def _page(width: int, height: int, parts: Sequence[str]) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
     )
     return "\n".join([*head, *parts, "</svg>", ""])
+
+
+def _shown(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
