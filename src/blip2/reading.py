@@ -44,9 +44,8 @@ class Reading:
         return words, cache
 
     def keep(self, language: LanguageModel, visual: Tensor, words: list[int], cache: Any) -> None:
-        """What the model has read; nothing of one that is being trained, for it changes."""
-        if not isinstance(language, nn.Module) or not learns(language):
-            self._kept[language] = visual, words, cache
+        """What the model has read; it must not be one that is being trained, for that changes."""
+        self._kept[language] = visual, words, cache
 
 
 class Asked:
@@ -90,6 +89,7 @@ class Asked:
         self._fresh: dict[int, tuple[list[int], Any]] = {}  # images that were read for the prompts at hand
         alone = all(count == 1 for count in counts) and not any(prefix.SLOT in row for row in ids)
         self._begins = alone and getattr(language, "goes_on", False)  # each prompt has one image, which begins it
+        self._stays = not (isinstance(language, nn.Module) and learns(language))  # what is read of images may be kept
         self._apart = self._pays()
 
     def read(self, which: list[int], vocabulary: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -105,7 +105,7 @@ class Asked:
         else:
             asked = () if vocabulary is None else (vocabulary,)
             logits, cache = self._language.prefill(*self._built(different), *asked)
-        if self._begins:
+        if self._begins and self._stays:
             self._keep(different, cache)
         if len(different) == len(which):
             return logits, cache
@@ -193,7 +193,7 @@ class Asked:
                 self._leave(self._images[number][0], [], cache.part(row, self._head))
 
     def _leave(self, image: int, words: list[int], cache: Any) -> None:
-        if self._small(cache, self._head + len(words)):
+        if self._stays and self._small(cache, self._head + len(words)):
             self._readings[image].keep(self._language, self._visual[image], words, cache)
 
     def _small(self, cache: Any, count: int) -> bool:
