@@ -202,7 +202,7 @@ def read_data(
         samples = [samples[number * len(samples) // limit] for number in range(limit)]
     encoder = parts.encoder()
     if all(isinstance(sample.image, Prototype) for sample in samples):
-        return Data(samples, PrototypeFeatures(_prototypes(encoder), samples).patches)
+        return Data(samples, _prototypes(encoder, samples).patches)
     settings = encoder.image_size, encoder.mean, encoder.std
     transform, augment = image.Transform(*settings), image.RandomView(*settings)
     features = recipe.features
@@ -303,11 +303,11 @@ def _frozen(part: _Part, device: torch.device, half: torch.dtype) -> _Part:
     return part
 
 
-def _prototypes(encoder: Any) -> Tensor:
-    """float[C, P, D]: what the encoder's classifier holds each class to look like."""
+def _prototypes(encoder: Any, samples: list[Sample]) -> PrototypeFeatures:
+    """What the encoder's classifier holds classes to look like."""
     if not hasattr(encoder, "prototypes"):
         raise ConfigError("data of format `classes` need an image encoder with a classifier, which this one has not")
-    return encoder.prototypes()[1].cpu()  # their names stand first
+    return PrototypeFeatures(encoder.prototypes, encoder.classes, samples)
 
 
 def _language(part: PartConfig) -> tuple[LanguageModel, Tokenizer]:
