@@ -1,6 +1,7 @@
 """The two kinds of frozen part, and what a bridge asks of them.
 
-Letters: B rows, P patches, O of them beside the grid, S prefix positions, T target positions, D width, V vocabulary, K a part of it, H W pixels.
+Letters: B rows, P patches, O of them beside the grid, S prefix positions, T target positions, D width, V vocabulary,
+K a part of it, H W pixels.
 """
 
 from __future__ import annotations

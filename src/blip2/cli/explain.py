@@ -80,7 +80,7 @@ def explain(
     if json:
         result_json({"image": str(image), **_numbers(found)})
     else:
-        _print(found, matched=text is not None)
+        _print(found)
 
 
 def _check_format(out: Path) -> None:
@@ -89,20 +89,16 @@ def _check_format(out: Path) -> None:
         raise ConfigError(f"{out}: pictures are written as .png, .jpg or .webp; name the file so")
 
 
-def _print(found: Explanation, *, matched: bool) -> None:
+def _print(found: Explanation) -> None:
     """The text and its words, or how much each query looks at what lies on no place of the picture."""
     if found.words:
         result(f"{found.text}\t{found.probability:.3g}")
-        scores = [f"{word.score:+.3f}" for word in found.words]
-        listing(("word", "without it" if matched else "log-probability"), _rows(found, scores), right=("without it",))
+        score = "log-odds from it" if found.kind == "matched" else "log-probability"
+        listing(("word", score), [(word.text, f"{word.score:+.3f}") for word in found.words], right=(score,))
         return
     rest = found.places.rest(found.attention).sum(-1).tolist()
     rows = [(f"query {number}", f"{1 - share:.3f}") for number, share in enumerate(rest)]
     listing(("query", "on the grid"), rows, right=("on the grid",))
-
-
-def _rows(found: Explanation, scores: list[str]) -> list[tuple[str, str]]:
-    return [(word.text, score) for word, score in zip(found.words, scores, strict=True)]
 
 
 def _numbers(found: Explanation) -> dict[str, Any]:
@@ -122,6 +118,7 @@ def _numbers(found: Explanation) -> dict[str, Any]:
         for word in found.words
     ]
     return {
+        "kind": found.kind,
         "text": found.text,
         "probability": found.probability,
         "layers": list(found.layers),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Explanation:
     """What a model looked at in one picture.
 
     Attributes:
+        kind: whether the queries looked alone, or a text was matched or written.
         text: that was matched or written; empty where the queries alone look.
         layers: of the Q-Former, numbered from 0, whose mean the maps are.
         places: where the patches lie.
@@ -66,6 +67,7 @@ class Explanation:
         unread: tokens at the text's end that the model does not read.
     """
 
+    kind: Literal["queries", "matched", "written"]
     text: str
     layers: tuple[int, ...]
     places: Places
@@ -76,6 +78,7 @@ class Explanation:
     unread: int = 0
 
 
+@torch.inference_mode(False)  # whatever the caller said: what is made here has gradients
 def queries(model: Blip2, picture: Picture, layer: int | None = None) -> Explanation:
     """Where each query looks, no text beside it: what captions, answers and vectors are made of. Of any model.
 
@@ -91,9 +94,10 @@ def queries(model: Blip2, picture: Picture, layer: int | None = None) -> Explana
     watch = Watch()
     with torch.no_grad():
         QFormer.look(model.bridge.qformer, _seen(model, features), watch)
-    return Explanation("", layers, places, _looked(watch, model, layers)[0])
+    return Explanation("queries", "", layers, places, _looked(watch, model, layers)[0])
 
 
+@torch.inference_mode(False)
 def match(model: Blip2, picture: Picture, text: str, layer: int | None = None) -> Explanation:
     """What spoke for the match of picture and text (ITM), and for each word's part in it.
 
@@ -138,6 +142,7 @@ def match(model: Blip2, picture: Picture, text: str, layer: int | None = None) -
         for number, word in enumerate(words)
     ]
     return Explanation(
+        "matched",
         text,
         layers,
         places,
@@ -185,6 +190,7 @@ def answer(model: Blip2, picture: Picture, question: str, layer: int | None = No
 # -- within ------------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 def _written(
     model: Blip2, features: ImageFeatures, prompt: str, found: Generation, places: Places, layers: tuple[int, ...]
 ) -> Explanation:
@@ -208,9 +214,16 @@ def _written(
         Word(word.text, score.item(), _evidence(part)[0], None)
         for word, score, part in zip(words, scores, parts, strict=True)
     ]
-    attention, total = _looked(watch, model, layers)[0], sum(word.score for word in found_words)
-    probability = torch.tensor(total).exp().item()
-    return Explanation(found.text, layers, places, attention, probability, _evidence(whole)[0], tuple(found_words))
+    return Explanation(
+        "written",
+        found.text,
+        layers,
+        places,
+        _looked(watch, model, layers)[0],
+        torch.stack(scores).sum().exp().item(),
+        _evidence(whole)[0],
+        tuple(found_words),
+    )
 
 
 def _asked(model: Blip2, picture: Picture, layer: int | None) -> tuple[ImageFeatures, Places, tuple[int, ...]]:
@@ -237,15 +250,15 @@ def _asked(model: Blip2, picture: Picture, layer: int | None) -> tuple[ImageFeat
 
 def _seen(model: Blip2, features: ImageFeatures) -> Sight:
     """The image as the cross-attention reads it, where a gradient to the attention begins."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         sight = model.bridge.see(features.patches.clone().to(model.device, model.bridge.dtype))
     return Sight(tuple(key.requires_grad_() for key in sight.keys), sight.values)
 
 
 @contextmanager
 def _gradients(*parts: object) -> Generator[None]:
-    """Gradients here, whatever the caller said; packed layers are plain meanwhile."""
-    with torch.inference_mode(False), torch.enable_grad(), plain_weights(*parts):
+    """Gradients, and packed layers plain meanwhile."""
+    with torch.enable_grad(), plain_weights(*parts):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 from blip2.errors import ConfigError
 from blip2.explain.maps import Explanation
 
-Kind = Literal["evidence", "attention"]
+Shown = Literal["evidence", "attention"]
 
 LARGE, SMALL, LEAST = 420, 200, 96  # pixels: the longer side of pictures, the narrowest column
 GAP, LINE, TITLE, HEAD = 12, 18, 15, 40  # pixels: between columns, a line's height, its letters', two lines
@@ -22,7 +23,7 @@ COLUMNS = 4
 MOST = 32  # small pictures on one panel
 NAMED = 0.01  # share from which a patch beside the grid is named
 GREY = 0.5  # of the picture's colour is taken away below a map, so that the map's can be told from it
-ALPHA = (0.15, 0.7)  # how much a map covers where it is nothing, and where it is largest
+ALPHA = 0.5  # of what is drawn is the map: everywhere, so that more is brighter wherever it lies
 INK, PALE = (32, 32, 32), (110, 110, 110)
 
 # From nothing to the largest: dark and cold to bright and warm, its lightness rising evenly enough to be read in grey.
@@ -51,39 +52,40 @@ def heat(picture: Image.Image, grid: Tensor) -> Image.Image:
     values = grid.detach().float().cpu().numpy()
     top = float(values.max())
     scaled = Image.fromarray(values / top if top > 0 else values).resize(picture.size, Image.Resampling.BILINEAR)
-    level = np.asarray(scaled).clip(0, 1)[..., None]  # (H, W, 1)
+    level = np.asarray(scaled).clip(0, 1)  # (H, W)
     grey = np.asarray(picture.convert("L"), np.float32)[..., None]
     base = np.asarray(picture, np.float32) * (1 - GREY) + grey * GREY  # (H, W, 3)
-    alpha = ALPHA[0] + (ALPHA[1] - ALPHA[0]) * level
-    return Image.fromarray((base * (1 - alpha) + _colours(level[..., 0]) * alpha).round().astype(np.uint8))
+    return Image.fromarray((base * (1 - ALPHA) + _colours(level) * ALPHA).round().astype(np.uint8))
 
 
-def draw(picture: Image.Image, found: Explanation, kind: Kind = "evidence") -> Image.Image:
+def draw(picture: Image.Image, found: Explanation, show: Shown = "evidence") -> Image.Image:
     """An explanation as a panel.
 
     Args:
         picture: that was explained, RGB, as `image.open` gives it.
-        kind: of the words' maps; without a text the queries' attention is drawn.
+        show: of the words' maps; without a text the queries' attention is drawn.
     Raises:
         ConfigError: attention of words that were written, not matched: they have none in the Q-Former.
     """
     large, small = (_fitted(picture, side) for side in (LARGE, SMALL))
-    whole = found.attention.mean(0) if found.evidence is None or kind == "attention" else found.evidence
-    title = "all queries" if found.evidence is None or kind == "attention" else "the whole text"
-    grid, parts = found.places.grid, _small(found, kind)
+    whole = found.attention.mean(0) if found.evidence is None or show == "attention" else found.evidence
+    title = "all queries" if found.evidence is None or show == "attention" else "the whole text"
+    grid, parts = found.places.grid, _small(found, show)
     lines = _wrapped(found.text or "the picture", max(LEAST, large.width))
     head = [_Tile(large, lines[0], " ".join(lines[1:])), _Tile(heat(large, grid(whole)), title, _probability(found))]
     tiles = [_Tile(heat(small, grid(values)), name, value) for name, value, values in parts[:MOST]]
-    return _page(head, tiles, _notes(found, kind, whole, len(parts) - len(tiles)))
+    return _page(head, tiles, _notes(found, show, whole, len(parts) - len(tiles)))
 
 
-def _small(found: Explanation, kind: Kind) -> list[tuple[str, str, Tensor]]:
+def _small(found: Explanation, show: Shown) -> list[tuple[str, str, Tensor]]:
     """Title, number and map of each small picture."""
     if not found.words:
         return [(f"query {number}", "", values) for number, values in enumerate(found.attention)]
-    if kind == "evidence":
+    if show == "evidence":
         total = float(sum(word.evidence.sum() for word in found.words)) or 1.0
-        return [(word.text, f"{word.score:+.2f} · {word.evidence.sum() / total:.0%}", word.evidence) for word in found.words]
+        return [
+            (word.text, f"{word.score:+.2f} · {word.evidence.sum() / total:.0%}", word.evidence) for word in found.words
+        ]
     if any(word.attention is None for word in found.words):
         raise ConfigError(
             "these words look at no query that looked at the picture, written or matched beyond the last layer: draw "
@@ -96,17 +98,22 @@ def _probability(found: Explanation) -> str:
     return "" if found.probability is None else f"probability {found.probability:.3g}"
 
 
-def _notes(found: Explanation, kind: Kind, whole: Tensor, left: int) -> list[str]:
+def _notes(found: Explanation, show: Shown, whole: Tensor, left: int) -> list[str]:
     """What the pictures do not show."""
     layers = ", ".join(map(str, found.layers))
     notes = [f"Q-Former layer{'s' * (len(found.layers) > 1)} {layers}. Each map is drawn up to its own largest value."]
-    if found.words and kind == "evidence":
-        matched = found.words[0].attention is not None
-        what = "by how much the log-odds of the match fall without it" if matched else "its log-probability"
+    if found.words and show == "evidence":
+        what = (
+            "by how much the log-odds of the match fall without it"
+            if found.kind == "matched"
+            else "its log-probability"
+        )
         notes.append(f"Below a word: {what}, and its share of all words' evidence.")
     if (total := float(whole.sum())) > 0:
         shares = (found.places.rest(whole) / total).tolist()
-        named = [f"{name} {share:.0%}" for name, share in zip(found.places.beside, shares, strict=True) if share > NAMED]
+        named = [
+            f"{name} {share:.0%}" for name, share in zip(found.places.beside, shares, strict=True) if share > NAMED
+        ]
         notes.append(f"On no place of the picture: {sum(shares):.0%}{': ' * bool(named)}{', '.join(named)}.")
     if left:
         notes.append(f"{left} more are not drawn.")
@@ -150,6 +157,7 @@ def _colours(level: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.stack(channels, axis=-1).astype(np.float32)
 
 
+@functools.cache
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(TITLE)  # Pillow's own, which every installation has
 
