@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def explain(
     image: Image,
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="What is held against the picture.", show_default=False)
+        str | None, typer.Argument(metavar="TEXT", help="What is held against the picture.", show_default=False)
     ] = None,
     *,
     out: Annotated[
@@ -45,11 +45,11 @@ def explain(
     dtype: Dtype = "auto",
     quantize: Quantize = None,
 ) -> None:
-    """Show what in a picture speaks for a text, and for each of its words.
+    """Show what in a picture speaks for a text.
 
-    Prints the probability that they match, then each word and by how much the log-odds of the match fall without it.
-    With --caption or --question the model writes the text itself; without any, the queries' attention is shown.
-    --json gives all maps as numbers.
+    Prints the probability that they match, then each word and by how much the log-odds of the match fall without it;
+    --out draws where in the picture that comes from. With --caption or --question the model writes the text itself;
+    without any text, the queries' attention is shown. --json gives all maps as numbers.
 
     ```
     blip2 explain photo.jpg "a dog on a beach" --out map.png

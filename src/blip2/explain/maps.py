@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blip2.errors import ConfigError, PromptError
-from blip2.explain.words import spans_of_ids, spans_of_text
+from blip2.explain.words import spans_of_ids, spans_of_text, without_each
 from blip2.model import prefix
 from blip2.model.qformer import QFormer, Sight, Watch
 from blip2.one_or_many import sentence
@@ -119,10 +119,8 @@ def match(model: Blip2, picture: Picture, text: str, layer: int | None = None) -
         )
     ids, words = spans_of_text(model, text)  # (T,)
     features, places, layers = _asked(model, picture, layer)
-    pad, count = model.config.qformer.pad_id, model.config.qformer.queries
-    hidden = [ids.index_fill(0, torch.tensor(word.at, device=ids.device), pad) for word in words]
-    rows = torch.stack([ids, *hidden])  # (1 + W, T)
-    watch = Watch()
+    rows = without_each(ids, words, model.config.qformer.pad_id)  # (1 + W, T)
+    count, watch = model.config.qformer.queries, Watch()
     with _gradients(model.bridge):
         sight = _seen(model, features)
         images = torch.zeros(len(rows), dtype=torch.int64, device=ids.device)

@@ -1,4 +1,4 @@
-"""Which tokens make up which word of a text. Letters: T text positions."""
+"""Which tokens make up which word of a text. Letters: T text positions, W words."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor
 
 from blip2.text import Tokenizer, plain
@@ -41,6 +42,12 @@ def spans_of_text(model: Blip2, text: str) -> tuple[Tensor, list[Span]]:
     framed = tokenizer.frame is not None
     offsets = tokenizer.rust.encode(read, add_special_tokens=False).offsets[: len(ids) - 2 * framed]
     return ids, _grouped(read, [begin for begin, _ in offsets], int(framed))
+
+
+def without_each(ids: Tensor, words: Sequence[Span], pad: int) -> Tensor:
+    """A text, then the same with each of its words hidden from all others: int64[T] to int64[1 + W, T]."""
+    hidden = [ids.index_fill(0, torch.tensor(word.at, device=ids.device), pad) for word in words]
+    return torch.stack([ids, *hidden])
 
 
 def spans_of_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Span]:
