@@ -20,6 +20,7 @@ from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.encoding import encoded
 from blip2.errors import ConfigError, PromptError
+from blip2.heeding import each_image, heeded
 from blip2.matching import match_all
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, positive, present, sentence, unwrap
@@ -169,6 +170,7 @@ class Blip2:
         features, counts = grouped(self.encode, images)
         features, counts, asked = pair(features, counts, asked)
         prompts = [self.config.prompts.question.format(sentence(question)) for question in asked]
+        features = self.heeding(features, asked, counts)
         if choices is not None:
             if stream or options:
                 named = "stream" if stream else next(iter(options))
@@ -263,6 +265,17 @@ class Blip2:
             raise PromptError("an empty text cannot be matched or embedded")
         read = [plain(text) for text in texts] if self.config.plain_texts else texts
         return self.text_tokenizer.batch(read, min(TEXT_LENGTH, self.config.qformer.positions)).to(self.device)
+
+    @torch.inference_mode()
+    def heeding(self, features: ImageFeatures, questions: Sequence[str], counts: Sequence[int]) -> ImageFeatures:
+        """Features for prompts that ask: of a model that is `question_aware` their queries read the questions too.
+
+        Args:
+            features: of all prompts' images, in order; `counts` is how many each has.
+        """
+        if not self.config.question_aware:
+            return features
+        return heeded(self.bridge, features, self.text_ids(each_image(questions, counts)))
 
     def unread(self, text: str) -> int:
         """How many tokens of a text lie beyond those that are matched or embedded."""
