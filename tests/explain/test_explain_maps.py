@@ -197,10 +197,17 @@ def test_words_of_a_caption_have_the_log_probabilities_that_wrote_them(model: Bl
     assert found.attention.shape == (4, PATCHES)
 
 
-def test_answers_are_those_of_ask(model: Blip2, features: ImageFeatures):
-    found = explain.answer(model, features, "what is this?")
-    assert found.text == model.ask(features, ["what is this?"])[0]
+@pytest.mark.parametrize("aware", [False, True])
+def test_answers_are_those_of_ask_whether_the_queries_read_the_question_or_not(
+    model: Blip2, features: ImageFeatures, aware: bool
+):
+    asked = dataclasses.replace(model, config=model.config.replace(question_aware=aware))
+    found = explain.answer(asked, features, "what is this?")
+    written = asked.ask(features, ["what is this?"], details=True)[0]
+    assert found.text == written.text
     assert found.words
+    total = sum(written.log_probs[: len(written.ids)])
+    assert sum(word.score for word in found.words) == pytest.approx(total, abs=1e-3)
     assert found.evidence is not None
     assert found.evidence.max() > 0
 

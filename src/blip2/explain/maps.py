@@ -93,7 +93,7 @@ def queries(model: Blip2, picture: Picture, layer: int | None = None) -> Explana
     features, places, layers = _asked(model, picture, layer)
     watch = Watch()
     with torch.no_grad():
-        QFormer.look(model.bridge.qformer, _seen(model, features), watch)
+        _read(model, _seen(model, features), None, watch)
     return Explanation("queries", "", layers, places, _looked(watch, model, layers)[0])
 
 
@@ -124,7 +124,7 @@ def match(model: Blip2, picture: Picture, text: str, layer: int | None = None) -
     with _gradients(model.bridge):
         sight = _seen(model, features)
         images = torch.zeros(len(rows), dtype=torch.int64, device=ids.device)
-        joined = QFormer.join(model.bridge.qformer, sight, rows, images, watch=watch)
+        joined = QFormer.join(model.bridge.qformer, sight, rows, images, watch=watch)  # uncompiled, as in `_read`
         logits = model.bridge.heads.itm_head(joined[:, :count]).float().mean(1)  # (1 + W, 2)
         odds = logits[:, 1] - logits[:, 0]  # log-odds: the probability hangs on nothing else
         weights = _chosen(watch, model, layers)
@@ -182,7 +182,8 @@ def answer(model: Blip2, picture: Picture, question: str, layer: int | None = No
     features, places, layers = _asked(model, picture, layer)
     (found,) = model.ask(features, question, details=True)
     words = model.config.prompts.question.format(sentence(question))
-    return _written(model, features, words, found, places, layers)
+    heeded = model.text_ids([question]) if model.config.question_aware else None
+    return _written(model, features, words, found, places, layers, heeded)
 
 
 # -- within ------------------------------------------------------------------------------------------------------------
@@ -190,17 +191,26 @@ def answer(model: Blip2, picture: Picture, question: str, layer: int | None = No
 
 @torch.inference_mode(False)
 def _written(
-    model: Blip2, features: ImageFeatures, prompt: str, found: Generation, places: Places, layers: tuple[int, ...]
+    model: Blip2,
+    features: ImageFeatures,
+    prompt: str,
+    found: Generation,
+    places: Places,
+    layers: tuple[int, ...],
+    heeded: Tensor | None = None,
 ) -> Explanation:
-    """What made the words of a text likelier that stands after a prompt: one backward pass a word."""
+    """What made the words of a text likelier that stands after a prompt: one backward pass a word.
+
+    Args:
+        heeded: int64[1, T], the question, where the queries read it beside the image.
+    """
     language, tokenizer = model.writer()
     words = spans_of_ids(tokenizer, found.ids)
     if not words:
         raise PromptError("the model wrote nothing about this picture: there are no words to explain")
     watch = Watch()
     with _gradients(model.bridge, language):
-        look = QFormer.look(model.bridge.qformer, _seen(model, features), watch)
-        visual = model.bridge.project(look.hidden)  # (1, Q, D)
+        visual = model.bridge.project(_read(model, _seen(model, features), heeded, watch))  # (1, Q, D)
         built = prefix.build(language, visual, tokenizer.prompts([prompt]), tokenizer.bos, model.config.prompts.visual)
         targets = torch.tensor([found.ids], device=model.device)
         log_probs = language.log_probs(*built, targets)[0]  # (T,)
@@ -251,6 +261,17 @@ def _seen(model: Blip2, features: ImageFeatures) -> Sight:
     with torch.no_grad():
         sight = model.bridge.see(features.patches.clone().to(model.device, model.bridge.dtype))
     return Sight(tuple(key.requires_grad_() for key in sight.keys), sight.values)
+
+
+def _read(model: Blip2, sight: Sight, heeded: Tensor | None, watch: Watch) -> Tensor:
+    """What the queries carry on to the language model, float[1, Q, D].
+
+    By the class's own methods: compiled ones, which are the module's, would lose the weights' gradient.
+    """
+    qformer = model.bridge.qformer
+    if heeded is None:
+        return QFormer.look(qformer, sight, watch).hidden
+    return QFormer.join(qformer, sight, heeded, wanted=model.config.qformer.queries, watch=watch)
 
 
 @contextmanager
