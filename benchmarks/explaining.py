@@ -80,30 +80,29 @@ def compared(model: Blip2, square: Tensor, text: str) -> Iterator[tuple[str, flo
     features = model.encode(covered(square, first.places))
     ids, words = spans_of_text(model, text)
     lost = losses(odds(model, features, without_each(ids, words, model.config.qformer.pad_id)))  # (C, 1 + W)
-    for layer in (None, *first.layers):
-        found = explain.match(model, features[0], text, layer)
-        name = "all layers" if layer is None else f"layer {layer}"
-        assert found.evidence is not None
-        yield f"match, attention, {name}", rank_correlation(found.places.grid(found.attention.mean(0)), lost[:, 0])
-        yield f"match, evidence, {name}", rank_correlation(found.places.grid(found.evidence), lost[:, 0])
-        for number, word in enumerate(found.words if layer is None else (), 1):
-            part = lost[:, 0] - lost[:, number]  # of what the word adds
-            yield "word, evidence", rank_correlation(found.places.grid(word.evidence), part)
-            if word.attention is not None:
-                yield "word, attention", rank_correlation(found.places.grid(word.attention), part)
+    found = explain.match(model, features[0], text)
+    grid = found.places.grid
+    assert found.evidence is not None
+    yield "match, attention", rank_correlation(grid(found.attention.mean(0)), lost[:, 0])
+    yield "match, evidence", rank_correlation(grid(found.evidence), lost[:, 0])
+    for number, word in enumerate(found.words, 1):
+        part = lost[:, 0] - lost[:, number]  # of what the word adds
+        assert word.attention is not None, "the mean over layers has one that words come after"
+        yield "word, attention", rank_correlation(grid(word.attention), part)
+        yield "word, evidence", rank_correlation(grid(word.evidence), part)
     if model.language is not None:
         written = explain.caption(model, features[0])
         (caption,) = model.caption(features[0], details=True)
         assert written.evidence is not None
         cost = losses(said(model, features, caption.ids))
-        yield "caption, attention", rank_correlation(written.places.grid(written.attention.mean(0)), cost)
-        yield "caption, evidence", rank_correlation(written.places.grid(written.evidence), cost)
+        yield "caption, attention", rank_correlation(grid(written.attention.mean(0)), cost)
+        yield "caption, evidence", rank_correlation(grid(written.evidence), cost)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures")
-    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--model")
     given = parser.parse_args()
     model = load(given.model)

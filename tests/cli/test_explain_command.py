@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_readme import blocks, commands
 from test_verbs import run
 
 import tiny_model
@@ -14,6 +15,7 @@ from blip2 import explain
 from blip2.blip2 import Blip2
 from blip2.errors import ConfigError, ImageError, PromptError
 
+TEXT = (Path(__file__).parents[2] / "docs" / "explain.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.usefixtures("photos")
 
 
@@ -98,3 +100,12 @@ def test_an_empty_text_is_refused(model: Blip2):
     del model
     with pytest.raises(PromptError, match="empty"):
         run("explain", "photo.jpg", " ")
+
+
+def test_what_the_page_shows_is_run(model: Blip2):
+    shown = list(commands(TEXT))
+    assert len(shown) >= 5
+    for words in shown:
+        assert run(*words).exit_code == 0, words
+    (snippet,) = blocks("python", TEXT)
+    exec(compile(snippet, "explain.md", "exec"), {"model": model})
