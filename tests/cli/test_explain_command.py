@@ -85,6 +85,8 @@ def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(monkeypatch: 
     monkeypatch.setattr("blip2.cli.explain.open_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match="do not go together"):
         run("explain", "photo.jpg", "a dog", "--caption")
+    with pytest.raises(ConfigError, match="--attention is of the words"):
+        run("explain", "photo.jpg", "--caption", "--attention")
     with pytest.raises(ConfigError, match="nowhere"):
         run("explain", "photo.jpg", "a dog", "--out", "nowhere/map.png")
     with pytest.raises(ConfigError, match=r"map\.xyz"):

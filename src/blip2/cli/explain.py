@@ -14,6 +14,7 @@ from blip2.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from blip2.blip2 import Blip2
     from blip2.explain import Explanation
 
 
@@ -57,8 +58,7 @@ def explain(
     blip2 explain photo.jpg --out queries.png
     ```
     """
-    if sum([text is not None, caption, question is not None]) > 1:
-        raise ConfigError("a text, --caption and --question do not go together: explain one at a time")
+    _check(text, caption, question, attention)
     if out is not None:
         check_out(out)
         _check_format(out)
@@ -66,13 +66,7 @@ def explain(
     from blip2.image import open as open_image
 
     picture = open_image(image)
-    opened = open_model(model, device, dtype, quantize)
-    if text is not None:
-        found = why.match(opened, picture, text, layer)
-    elif question is not None:
-        found = why.answer(opened, picture, question, layer)
-    else:
-        found = why.caption(opened, picture, layer=layer) if caption else why.queries(opened, picture, layer)
+    found = _found(open_model(model, device, dtype, quantize), picture, text, question, caption, layer)
     if found.unread:
         note(f"the text is longer than what the model reads: its last {found.unread} tokens are left out")
     if out is not None:
@@ -81,6 +75,25 @@ def explain(
         result_json({"image": str(image), **_numbers(found)})
     else:
         _print(found)
+
+
+def _check(text: str | None, caption: bool, question: str | None, attention: bool) -> None:
+    if sum([text is not None, caption, question is not None]) > 1:
+        raise ConfigError("a text, --caption and --question do not go together: explain one at a time")
+    if attention and text is None:
+        raise ConfigError("--attention is of the words of a text: give one, or leave it out")
+
+
+def _found(
+    model: Blip2, picture: Any, text: str | None, question: str | None, caption: bool, layer: int | None
+) -> Explanation:
+    from blip2 import explain as why
+
+    if text is not None:
+        return why.match(model, picture, text, layer)
+    if question is not None:
+        return why.answer(model, picture, question, layer)
+    return why.caption(model, picture, layer=layer) if caption else why.queries(model, picture, layer)
 
 
 def _check_format(out: Path) -> None:
