@@ -37,6 +37,7 @@ from blip2.train.start import (
 )
 from blip2.train.trained import Trained
 from blip2.train.validation import Validation
+from blip2.weights.skeleton import skeleton
 
 if TYPE_CHECKING:
     from blip2.adapters import TextPart
@@ -193,6 +194,8 @@ def check_model(recipe: Recipe, config: Blip2Config, start: Start | None) -> Non
     Raises:
         ConfigError: the message names the key.
     """
+    with skeleton():
+        Bridge(config)  # refuses what does not go together
     if recipe.stage == 2 and config.language is None:
         raise ConfigError("stage 2 needs a language model; name one under model.language")
     if _reads_texts(recipe) and not config.heads:
