@@ -1,13 +1,13 @@
-"""LoRA on the language model: it begins as nothing, is all that learns of the language model, and is merged to be used."""
+"""LoRA on the language model: it begins as nothing, is all of the model that learns, and is merged to be used."""
 
 import json
+import sys
 from pathlib import Path
 
 import fine
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import blip2
@@ -16,6 +16,7 @@ from blip2.train.lora import inject
 from blip2.train.sections import LoRA
 from blip2.weights import adapter, load
 from blip2.weights.convert import convert
+from blip2.weights.verify import verify
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # W x + s B (A x) against (W + s B A) x, in float32
 LORA = {"lora": {"rank": 3, "alpha": 6}}
@@ -47,9 +48,10 @@ def prefix(model: blip2.Blip2) -> tuple[torch.Tensor, ...]:
 def test_it_begins_as_nothing_at_all(start: Path):
     model = fine.load(start)
     given = prefix(model)
-    before = model.language.log_probs(*given)
-    made = inject(model.language, LoRA(rank=2))
-    torch.testing.assert_close(model.language.log_probs(*given), before, rtol=0, atol=0)
+    with torch.no_grad():  # with gradients attention is spelt out, and sums run in another order
+        before = model.language.log_probs(*given)
+        made = inject(model.language, LoRA(rank=2))
+        torch.testing.assert_close(model.language.log_probs(*given), before, rtol=0, atol=0)
     open_ones = {name for name, parameter in model.language.named_parameters() if parameter.requires_grad}
     assert open_ones == {f"{name}.default.weight" for name in made.layers()}
     assert {parameter.dtype for part in made.layers().values() for parameter in part.parameters()} == {torch.float32}
@@ -111,12 +113,8 @@ def test_it_is_exported_merged_and_transformers_computes_the_same(trained: Path,
     assert fine.changed(fine.weights(ours.language), fine.weights(again.language)) == set()
     for found, expected in zip(fine.said(again), fine.said(ours), strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
-    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
-    pixels = fine.published.pixels(ours, fine.published.pictures(2))
-    with torch.no_grad():
-        queries = theirs.get_image_features(pixel_values=pixels)
-    found = ours.encode(fine.published.pictures(2)).queries
-    torch.testing.assert_close(found, getattr(queries, "pooler_output", queries)[:, :4].reshape(found.shape), **CLOSE)
+    lines = verify(str(tmp_path / "theirs"), prompts=("", "w9"))
+    assert [line.what for line in lines if not line.equal] == []
 
 
 def test_coarse_weights_are_made_of_what_was_merged(trained: Path):
@@ -171,6 +169,6 @@ def test_targets_that_fit_nothing_stage_one_and_a_missing_peft_are_refused(
     made = inject(only.language, LoRA(targets=("*.qkv",)))
     assert made.changed
     assert all(name.endswith(".qkv") for name in made.changed)
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r'pip install "blip2\[peft\]"'):
         fine.run(data, start, tmp_path / "run", **LORA)

@@ -37,9 +37,7 @@ def vit(**changes: object) -> VisionTransformer:
 
 def test_a_trained_encoder_learns_is_saved_and_answers_for_itself(data: Path, start: Path, tmp_path: Path):
     frozen = fine.run(data, start, tmp_path / "frozen", steps=25, train=["vision_norm.*"], lr=3e-2)
-    report = fine.run(
-        data, start, tmp_path / "run", steps=25, train=["vision_norm.*", "vision.*"], lr=3e-2, **TRAINED
-    )
+    report = fine.run(data, start, tmp_path / "run", steps=25, train=["vision_norm.*", "vision.*"], lr=3e-2, **TRAINED)
     assert report.last["lm"] < report.first["lm"] - 0.1
     assert report.last["lm"] < frozen.last["lm"], "it helps beyond what the norm behind it does"
     before, after = fine.load(start), fine.load(report.model)
@@ -174,6 +172,7 @@ def test_what_cannot_be_trained_or_kept_is_refused(data: Path, start: Path, tmp_
     with pytest.raises(ConfigError, match=r"features\.cache: the image encoder is trained"):
         fine.run(data, start, tmp_path / "run", features={"cache": str(tmp_path / "features")}, **TRAINED)
     import tiny
+
     from blip2.train.loop import train
 
     shapes = tiny.draw_shapes(tmp_path / "shapes", 16, seed=0)

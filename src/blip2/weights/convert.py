@@ -68,7 +68,9 @@ def _own(place: Path) -> Blip2:
     config = load_config(place)
     named = [key for key in ("vision", "language", "text") if isinstance(getattr(config, key), PartConfig)]
     if named:
-        raise CheckpointError(f"{place}: its `{named[0]}` is a named frozen part, which other formats have no place for")
+        raise CheckpointError(
+            f"{place}: its `{named[0]}` is a named frozen part, which other formats have no place for"
+        )
     if config.vocabulary is not None:
         raise CheckpointError(f"{place}: writes {config.vocabulary} words only, which other formats cannot say")
     if config.question_aware:
