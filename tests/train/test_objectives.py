@@ -212,7 +212,16 @@ def test_a_question_s_text_is_read_after_queries_that_heed_it_and_a_caption_s_af
     plain = bridge.project(bridge.look(sight).hidden)
     heeding = bridge.project(bridge.heed(sight, owners[1:], questions[1:]))
     torch.testing.assert_close(language.embeds, torch.cat([plain[:1], heeding]))
-    assert language.alike is None, "prefixes of one picture differ"
+    assert language.alike[0].tolist() == [0, 1, 2], "prefixes of one picture differ"
     objective(Batch(batch.images, batch.image_ids, batch.ids, **texts), seed=0)
     torch.testing.assert_close(language.embeds, plain[owners])
-    assert language.alike is not None
+    assert torch.equal(language.alike[0], owners)
+
+
+def test_captions_of_one_picture_share_a_prefix_and_questions_have_their_own(bridge: Bridge, batch: Batch):
+    objective = Stage2(bridge, None, bos=None)  # type: ignore[arg-type]
+    questions = torch.zeros(7, 7, dtype=torch.int64)
+    questions[[2, 3, 6]] = batch.ids[0]
+    owners = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    mixed = Batch(batch.images, batch.image_ids, batch.ids, owners=owners, questions=questions)
+    assert objective._alike(mixed).tolist() == [0, 0, 1, 2, 3, 3, 4]

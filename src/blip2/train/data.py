@@ -37,7 +37,7 @@ class Draw:
         source, sample: positions in the mixture.
         caption: position among the sample's captions, the one that stage 1 learns from; None where it has none.
         captions, questions: positions of what the language model learns to write (stage 2).
-        view: 0 for the plain picture, from 1 on the augmented ones.
+        view: 0 for the plain picture, from 1 on the augmented ones; of a prototype the epoch.
     """
 
     source: int
@@ -58,7 +58,7 @@ class Mixture:
         sources: samples and weight of each; weights are shares of the batch, in any unit.
         questions: share of the texts of samples with questions that ask one; without captions all of them do.
         texts: how many of a picture the language model learns from at once, fewer where it has no more.
-        views: how many views of a picture there are, drawn evenly; prototypes have one.
+        views: how many views of a picture there are, drawn evenly; a prototype has another at each epoch.
     Raises:
         DataError: no source, an empty one, or a weight, share or number of views out of range.
     """
@@ -138,7 +138,7 @@ class Mixture:
             caption=start % len(sample.captions) if sample.captions else None,
             captions=tuple((start + number) % len(sample.captions) for number in range(told)),
             questions=questions,
-            view=0 if isinstance(sample.image, Prototype) else draw_seed(*key, "view") % self.views,
+            view=epoch if isinstance(sample.image, Prototype) else draw_seed(*key, "view") % self.views,
         )
 
     def _order(self, source: int, epoch: int, most: int) -> NDArray[np.int64]:

@@ -275,9 +275,7 @@ class Stage2(nn.Module):
         visual = self._visual(look, sight, batch)  # (R, Q, Dl)
         layout = self.bridge.config.prompts.visual
         embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
-        alike = None  # one picture's prefixes, up to the prompt
-        if not batch.questions.numel():
-            alike = batch.owners, visual.shape[1] + (self.bos is not None)
+        alike = self._alike(batch), visual.shape[1] + (self.bos is not None)  # what stands before the prompts
         log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, alike)  # (R, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.keep is not None:
@@ -288,11 +286,23 @@ class Stage2(nn.Module):
         """What the language model reads before each text: of queries beside the question where they heed one."""
         if not batch.questions.numel():
             return self.bridge.project(look.hidden)[batch.owners]
-        asked = self.bridge.qformer.real(batch.questions).any(1).nonzero()[:, 0]
+        asked = self._asked(batch).nonzero()[:, 0]
         heeding = self.bridge.project(self.bridge.heed(sight, batch.owners[asked], batch.questions[asked]))
         if len(asked) == len(batch.owners):
             return heeding
         return self.bridge.project(look.hidden)[batch.owners].index_copy(0, asked, heeding)
+
+    def _asked(self, batch: Batch) -> Tensor:
+        """bool[R]: texts that answer a question which the Q-Former reads."""
+        return self.bridge.qformer.real(batch.questions).any(1)
+
+    def _alike(self, batch: Batch) -> Tensor:
+        """int64[R], not falling: equal where rows have the same queries before them, as captions of one picture do."""
+        if not batch.questions.numel():
+            return batch.owners
+        asked = self._asked(batch)
+        other = batch.owners[1:] != batch.owners[:-1]
+        return F.pad((other | asked[1:] | asked[:-1]).cumsum(0), (1, 0))
 
 
 def encode(encoder: ImageEncoder | None, images: Tensor) -> Tensor:

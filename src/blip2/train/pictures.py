@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from blip2 import image
 from blip2.config import Blip2Config, PartConfig, VisionConfig
@@ -54,7 +54,7 @@ def read_data(
     if limit is not None and len(samples) > limit:
         samples = [samples[number * len(samples) // limit] for number in range(limit)]
     if all(isinstance(sample.image, Prototype) for sample in samples):
-        return Data(samples, PrototypeFeatures(_prototypes(encoder), samples).patches)
+        return Data(samples, _prototypes(encoder, samples).patches)
     settings = encoder.image_size, encoder.mean, encoder.std
     transform, augment = image.Transform(*settings), image.RandomView(*settings)
     features = recipe.features
@@ -87,8 +87,8 @@ def _identity(vision: PartConfig | VisionConfig, encoder: ImageEncoder, digest: 
     return found.hexdigest()
 
 
-def _prototypes(encoder: Any) -> Tensor:
-    """float[C, P, D]: what the encoder's classifier holds each class to look like."""
+def _prototypes(encoder: Any, samples: list[Sample]) -> PrototypeFeatures:
+    """What the encoder's classifier holds classes to look like."""
     if not hasattr(encoder, "prototypes"):
         raise ConfigError("data of format `classes` need an image encoder with a classifier, which this one has not")
-    return encoder.prototypes()[1].cpu()  # their names stand first
+    return PrototypeFeatures(encoder.prototypes, encoder.classes, samples)
