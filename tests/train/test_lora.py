@@ -1,5 +1,6 @@
 """LoRA on the language model: it begins as nothing, is all of the model that learns, and is merged to be used."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ import fine
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import blip2
+from blip2.adapters.transformers_lm import TransformersLM
 from blip2.errors import CheckpointError, ConfigError, MissingExtraError
 from blip2.train.lora import inject
 from blip2.train.sections import LoRA
@@ -172,3 +175,26 @@ def test_targets_that_fit_nothing_stage_one_and_a_missing_peft_are_refused(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r'pip install "blip2\[peft\]"'):
         fine.run(data, start, tmp_path / "run", **LORA)
+
+
+def test_a_model_of_transformers_takes_an_adapter_under_its_own_names(tmp_path: Path):
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=61, num_key_value_heads=2, **small)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    before = copy.deepcopy(theirs)
+    language = TransformersLM(theirs)
+    made = inject(language, LoRA(rank=2, targets=("*.q_proj", "*.down_proj")))
+    assert made.changed == ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+    with torch.no_grad():
+        for layer in made.layers().values():
+            layer.default.weight.normal_()
+    made.save(tmp_path / adapter.FOLDER)
+    draw = torch.Generator().manual_seed(3)
+    given = torch.randn(2, 5, 16, generator=draw), torch.tensor([5, 4]), torch.randint(4, 60, (2, 3), generator=draw)
+    expected = language.log_probs(*given)
+    merged = TransformersLM(copy.deepcopy(before))
+    adapter.merge(merged, tmp_path, 2)
+    torch.testing.assert_close(merged.log_probs(*given), expected, **CLOSE)
+    loaded = TransformersLM(peft.PeftModel.from_pretrained(before, tmp_path / adapter.FOLDER).merge_and_unload())
+    torch.testing.assert_close(loaded.log_probs(*given), expected, **CLOSE)

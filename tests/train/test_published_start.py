@@ -142,3 +142,21 @@ def test_what_does_not_go_with_the_start_is_refused(
 def test_a_file_of_lavis_is_no_start_and_the_error_says_what_makes_one_of_it(data: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"there/is/none\.pth is a LAVIS file.* `blip2 convert .* --to transformers`"):
         fine.run(data, Path("there/is/none.pth"), tmp_path / "run")
+
+
+def test_a_name_on_the_hub_is_a_start_and_stays_a_name(
+    data: Path, opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[bool] = []
+
+    def download(name: str, *, offline: bool = False) -> Path:
+        assert name == "owner/model"
+        asked.append(offline)
+        return opt
+
+    monkeypatch.setattr("blip2.weights.hub.download", download)
+    report = fine.run(data, Path("owner/model"), tmp_path / "run")
+    assert load(report.model).config.base.name == "owner/model"
+    asked.clear()
+    assert fine.said(fine.load(report.model))
+    assert asked == [True], "the hub is not asked for what its cache holds"

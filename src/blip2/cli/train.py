@@ -20,7 +20,7 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, changed for this run.", show_default=False),
     ] = None,
 ) -> None:
-    """Train a bridge: stage 1 to match images and texts, stage 2 to make a language model describe images; or fine-tune.
+    """Train a bridge: stage 1 to match images and texts, stage 2 to make a language model write; or fine-tune.
 
     A run that was stopped, killed or cut off goes on where it was when the same command is given again. Several GPUs:
     `torchrun --nproc-per-node 8 --no-python blip2 train RECIPE`.

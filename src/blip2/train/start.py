@@ -40,13 +40,13 @@ class Start:
 
     Attributes:
         directory: of the model.
+        name: how it is found again: on the hub by its name there, elsewhere by its directory.
         config: its own, before the recipe's changes.
-        foreign: whether it is in a format of others (transformers, PaddleNLP).
     """
 
     directory: Path
+    name: str
     config: Blip2Config
-    foreign: bool
 
     @property
     def whole(self) -> bool:
@@ -72,7 +72,8 @@ def find_start(recipe: Recipe) -> Start | None:
         return None
     directory = model_directory(recipe.start)
     foreign = transformers.holds(directory) or paddle.holds(directory)
-    return Start(directory, named_config(str(directory)) if foreign else load_config(directory), foreign)
+    name = str(recipe.start) if hub.is_name(str(recipe.start)) else str(directory.resolve())
+    return Start(directory, name, named_config(str(directory)) if foreign else load_config(directory))
 
 
 def model_config(recipe: Recipe) -> Blip2Config:
@@ -193,7 +194,7 @@ def base_of(start: Start | None, *, vision_saved: bool) -> BaseConfig | None:
     if earlier is not None:
         return dataclasses.replace(earlier, vision=earlier.vision and not vision_saved)
     own = isinstance(start.config.vision, VisionConfig)
-    return BaseConfig(str(start.directory.resolve()), digest(start.directory), own and not vision_saved)
+    return BaseConfig(start.name, digest(start.directory), own and not vision_saved)
 
 
 @torch.no_grad()
