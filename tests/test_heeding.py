@@ -106,7 +106,7 @@ def test_choices_streams_and_chats_heed_the_question_too(model: Blip2):
     assert model.chat(features).say(QUESTIONS[2], max_new_tokens=10) == model.ask(features, QUESTIONS[2])[0]
 
 
-def test_a_model_that_is_not_question_aware_keeps_its_features(model: Blip2):
+def test_a_model_that_is_not_question_aware_keeps_its_features():
     plain = build()
     features = plain.encode(picture(0))
     assert plain.heeding(features, ["what ?"], [1]) is features

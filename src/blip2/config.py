@@ -207,6 +207,21 @@ class CaptionConfig(Strict):
 
 
 @dataclass(frozen=True)
+class BaseConfig(Strict):
+    """The model that a fine-tuned one was made from, where it does not hold all parts itself.
+
+    Attributes:
+        name: its directory, or OWNER/NAME on the hub.
+        sha256: of samples of its files of weights; checked when it is loaded.
+        vision: whether the image encoder is its; a language model of our own kind always is.
+    """
+
+    name: str
+    sha256: str
+    vision: bool
+
+
+@dataclass(frozen=True)
 class Blip2Config(Strict):
     """A whole model.
 
@@ -221,6 +236,9 @@ class Blip2Config(Strict):
         plain_texts: texts are matched in lower case and without a final dot, as this model's training read captions.
         vocabulary: how many of the language model's tokens are written, `vocabulary.safetensors` says which; all where
             None.
+        base: the model that parts are taken from which are not saved with this one; None where there are none.
+        adapter: how many layers of the language model the PEFT adapter in the folder `adapter` changes, merged when it
+            is loaded; 0 without one.
         question_aware: a question is read by the Q-Former too, beside the queries, so that they look where it asks.
     """
 
@@ -236,6 +254,8 @@ class Blip2Config(Strict):
     vocabulary: int | None = None
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     captions: CaptionConfig = dataclasses.field(default_factory=CaptionConfig)
+    base: BaseConfig | None = None
+    adapter: int = 0
     question_aware: bool = False
     format: int = FORMAT_VERSION
 

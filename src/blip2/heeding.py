@@ -39,8 +39,8 @@ def heeded(bridge: Bridge, features: ImageFeatures, ids: Tensor) -> ImageFeature
         sight = bridge.see(patches)
         rows = [row for each in some for row in each]
         images = torch.tensor([image for image, each in enumerate(some) for _ in each], device=ids.device)
-        for part in range(0, len(rows), ROWS):
-            found.append(bridge.heed(sight, images[part : part + ROWS], ids[rows[part : part + ROWS]]))
+        parts = zip(images.split(ROWS), torch.tensor(rows, device=ids.device).split(ROWS), strict=True)
+        found += [bridge.heed(sight, image, ids[row]) for image, row in parts]
         order += rows
     place = torch.tensor(order, device=ids.device).argsort()
     return ImageFeatures(features.patches, torch.cat(found)[place], features.vectors)

@@ -15,6 +15,7 @@ from blip2.train.loop import train
 from blip2.train.recipe import Recipe, differences, parse, read
 from blip2.train.start import model_config
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "mini"
 SHORT = {"stage": 1, "output": "runs/one", "model": "mini", "data": "photos.csv", "steps": 1000}
 TEN_LINES = """\
 stage: 1
@@ -175,3 +176,11 @@ def test_every_recipe_in_the_package_is_valid(file: Path):
     assert find_recipe(file.stem) == file
     assert isinstance(recipe, Recipe)
     assert recipe.start or model_config(recipe)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("finetune-*.yaml")), ids=lambda file: file.stem)
+def test_the_recipes_that_fine_tune_mini_are_valid_and_say_what_differs_from_it(file: Path):
+    recipe = read(file)
+    assert 10 <= len(file.read_text().splitlines()) <= 23
+    config, mini = model_config(recipe), model_config(read(file, ["model=null"]))
+    assert config.replace(question_aware=mini.question_aware, prompts=mini.prompts, qformer=mini.qformer) == mini

@@ -20,7 +20,7 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, changed for this run.", show_default=False),
     ] = None,
 ) -> None:
-    """Train a bridge: stage 1 to match images and texts, stage 2 to make a language model describe images.
+    """Train a bridge: stage 1 to match images and texts, stage 2 to make a language model write; or fine-tune.
 
     A run that was stopped, killed or cut off goes on where it was when the same command is given again. Several GPUs:
     `torchrun --nproc-per-node 8 --no-python blip2 train RECIPE`.
@@ -29,6 +29,7 @@ def train(
     blip2 train own-stage1 data=photos.csv output=runs/stage1
     blip2 train own-stage2 data=photos.csv output=runs/stage2 start=runs/stage1
     blip2 caption photo.jpg --model runs/stage2/model
+    blip2 train finetune-caption start=mini data=photos.csv output=runs/caption
     ```
     """
     from blip2.train.distributed import first_rank

@@ -5,9 +5,13 @@ Letters: B images, P patches and class token, D width, A heads, p patch side.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blip2.config import VisionConfig
 from blip2.errors import ImageError
@@ -17,7 +21,13 @@ from blip2.protocols import Places
 
 
 class VisionTransformer(nn.Module):
-    """A ViT without head and final norm: BLIP-2 reads its last kept block (`ln_vision` is the bridge's)."""
+    """A ViT without head and final norm: BLIP-2 reads its last kept block (`ln_vision` is the bridge's).
+
+    Attributes:
+        recompute: where gradients are asked for, blocks are computed once more instead of kept (checkpointing).
+    """
+
+    recompute = False
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -72,9 +82,25 @@ class VisionTransformer(nn.Module):
         patches = patches.flatten(2).transpose(1, 2)  # (B, P - 1, D)
         x = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1) + positions  # (B, P, D)
         x = self.pre_norm(x)
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
         return x
+
+    def resized(self, image_size: int) -> VisionTransformer:
+        """A copy for pictures of another size: its position embeddings interpolated, everything else the same.
+
+        Raises:
+            ImageError: no multiple of the patch.
+        """
+        side, rest = divmod(image_size, self.config.patch_size)
+        if rest or side < 1:
+            raise ImageError(f"image_size: {image_size} is no multiple of the patch, {self.config.patch_size}")
+        made = copy.deepcopy(self)
+        made.config = dataclasses.replace(self.config, image_size=image_size)
+        with torch.no_grad():
+            made.positions = nn.Parameter(self._positions(side, side).clone(), self.positions.requires_grad)
+        return made
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Position embeddings of the class token and so many patches: float[1, P, D]; interpolated where need be."""

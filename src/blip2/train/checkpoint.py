@@ -68,6 +68,7 @@ class State:
     """Everything that changes while training.
 
     Attributes:
+        bridge: with whatever else is trained, see `trained.Trained`.
         step: updates done.
         best: step and score of the best validation so far.
         seconds: spent on the updates, over all sittings.

@@ -225,7 +225,7 @@ class Texts:
 
     def ids_of_questions(self, questions: Sequence[str]) -> Tensor:
         """Q-Former tokens int64[R, T], a row of padding for an empty question; (0, 0) where it reads none."""
-        if self.questions is None:
+        if self.questions is None or not any(questions):
             return torch.empty(0, 0, dtype=torch.int64)
         ids = self.questions.encode([plain(question) for question in questions], self.max_length)
         return pad([row if question else [] for row, question in zip(ids, questions, strict=True)], self.questions.pad)

@@ -26,7 +26,7 @@ import yaml
 from blip2.errors import ConfigError
 from blip2.train import checkpoint
 from blip2.train.distributed import World
-from blip2.train.recipe import Recipe, differences
+from blip2.train.recipe import Recipe, differences, parse
 
 _REPORT = ("report.md", "report.json", "losses.svg")
 _MADE = ("recipe.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "model", *_REPORT)
@@ -114,7 +114,8 @@ def _prepare(folder: Folder, recipe: Recipe) -> None:
                 f"{folder.path} holds checkpoints without the recipe of their run; choose another `output`, "
                 "or start over with resume=false"
             )
-        changed = differences(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")), values)
+        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+        changed = differences(parse(before, str(folder.recipe)).values(), values)  # keys that are new since then too
         if changed:
             raise ConfigError(
                 f"{folder.path} holds a run under another recipe ({'; '.join(changed)}). "

@@ -65,10 +65,10 @@ def train(recipe: Recipe, parts: Parts | None = None) -> Report:
 
 def fit(recipe: Recipe, job: Job, world: World, folder: Folder, device: torch.device, precision: Precision) -> Report:
     """The loop itself: from the folder's last checkpoint to the last step, the model and the report."""
-    parameters = optimizer.choose(job.bridge, recipe)
+    parameters = optimizer.choose(job.trained, recipe)
     adamw = optimizer.adamw(parameters, recipe)
     average = Average(parameters, recipe.ema) if recipe.ema else None
-    state = State(job.bridge, adamw, precision.scaler(), average)
+    state = State(job.trained, adamw, precision.scaler(), average)
     if last := checkpoint.latest(folder.checkpoints):
         state.restore(last)
         if world.rank == 0:
@@ -102,13 +102,13 @@ def validate(job: Job, state: State, world: World, folder: Folder, precision: Pr
     """Look at held-out data, and keep the weights if none were better."""
     assert job.validate is not None  # the recipe has the key
     with state.average.applied() if state.average else nullcontext():
-        job.bridge.eval()
+        job.trained.eval()
         with precision.autocast():
             metrics, score = job.validate()
         if state.best is None or better(score, state.best[1]):
             state.best = (state.step, score)
             if world.rank == 0:
-                checkpoint.write(folder.best, {"step": state.step, "bridge": job.bridge.state_dict()})
+                checkpoint.write(folder.best, {"step": state.step, "bridge": job.trained.state_dict()})
     if log:
         log.validation(state.step, metrics)
 
@@ -126,7 +126,7 @@ def finish(
     selected = state.step
     if recipe.validate_ and recipe.validate_.select == "best":
         best = checkpoint.read(folder.best)
-        job.bridge.load_state_dict(best["bridge"])
+        job.trained.load_state_dict(best["bridge"])
         selected = best["step"]
     elif state.average:
         state.average.apply()

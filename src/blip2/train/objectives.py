@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blip2.model import prefix
 from blip2.model.bridge import Bridge
 from blip2.model.qformer import Look, Sight
+from blip2.packed import learns
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.train.distributed import World
 
@@ -64,7 +65,7 @@ class Stage1(nn.Module):
 
     Args:
         bridge: what is trained.
-        encoder: the frozen encoder, where batches hold pixels; None where they hold its patches.
+        encoder: the image encoder, where batches hold pixels; None where they hold its patches.
         weights: of the losses, by name; one of weight 0 is not computed.
         smoothing: label smoothing of ITC and ITG.
         gather_gradient: ITC's gradient crosses ranks, which equals one process with the whole batch; False is what
@@ -308,8 +309,9 @@ def encode(encoder: ImageEncoder | None, images: Tensor) -> Tensor:
     """Patches float[B, P, D] of a batch's images, which are patches already or pixels float[B, 3, H, W]."""
     if images.ndim == 3:
         return images
-    assert encoder is not None, "a batch of pixels needs the frozen encoder"
-    with torch.no_grad():
+    assert encoder is not None, "a batch of pixels needs the encoder"
+    trains = torch.is_grad_enabled() and isinstance(encoder, nn.Module) and learns(encoder)
+    with torch.set_grad_enabled(trains):
         return encoder(images)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from blip2.errors import ConfigError
 from blip2.train.recipe import Recipe
+
+_BLOCK = re.compile(r"vision\.blocks\.(\d+)\.")
 
 
 def choose(module: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
@@ -34,8 +37,10 @@ def adamw(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Ad
     Matrices decay, vectors do not; the temperature, a scalar, as the recipe says.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    blocks = 1 + max((int(found[1]) for name in parameters if (found := _BLOCK.match(name))), default=-1)
     for name, parameter in parameters.items():
         scale = next((factor for pattern, factor in recipe.lr_scale.items() if fnmatchcase(name, pattern)), 1.0)
+        scale *= layer_decay(name, blocks, recipe.vision.layer_decay)
         decays = parameter.ndim > 1 or (parameter.ndim == 0 and recipe.decay_temperature)
         groups.setdefault((scale, decays), []).append(parameter)
     return torch.optim.AdamW(
@@ -47,6 +52,18 @@ def adamw(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Ad
         betas=recipe.betas,
         fused=True,  # one pass over the weights, on a CPU too
     )
+
+
+def layer_decay(name: str, blocks: int, decay: float) -> float:
+    """The factor of a parameter's depth on its learning rate; 1 for what is not of the image encoder.
+
+    Source: BLIP-2, appendix (fine-tuning); as in BEiT, Bao et al. 2022: the last of `blocks` blocks has the factor
+    `decay`, each one below it once more, and the embeddings below them all.
+    """
+    if not name.startswith("vision."):
+        return 1.0
+    block = _BLOCK.match(name)
+    return decay ** (blocks - int(block[1]) if block else blocks + 1)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

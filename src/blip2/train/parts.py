@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from blip2 import image, weights
+from blip2.adapters.narrowed import Narrowed
 from blip2.config import Blip2Config, LanguageConfig, PartConfig, VisionConfig
-from blip2.data import sources
-from blip2.data.sources import Prototype, Sample
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
+from blip2.model.t5 import T5
+from blip2.model.vision import VisionTransformer
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer, plain
-from blip2.train.data import Batches, Images, Mixture, Pixels, Texts
+from blip2.train.data import Batches, Mixture, Texts
 from blip2.train.distributed import World
-from blip2.train.features import FeatureCache, PrototypeFeatures
-from blip2.train.log import now_and_then, say
+from blip2.train.lora import inject
 from blip2.train.objectives import LOSSES, Batch, Stage1, Stage2
-from blip2.train.recipe import Recipe, Source
-from blip2.train.start import begin_projection, model_config, start_bridge
+from blip2.train.pictures import Data, read_data
+from blip2.train.recipe import Recipe
+from blip2.train.saving import Outcome
+from blip2.train.start import (
+    Start,
+    begin_projection,
+    earlier_words,
+    find_start,
+    model_config,
+    open_start,
+    start_bridge,
+)
+from blip2.train.trained import Trained
 from blip2.train.validation import Validation
+from blip2.weights.skeleton import skeleton
 
 if TYPE_CHECKING:
     from blip2.adapters import TextPart
+    from blip2.blip2 import Blip2
 
 _Part = TypeVar("_Part")
 _ENDLESS = 1 << 30  # views of a picture that is cropped anew each time it comes
@@ -53,16 +64,48 @@ class Parts:
     digest: Callable[[PartConfig], str]
 
 
-def named_parts(config: Blip2Config) -> Parts:
-    """The parts that a configuration names, from the packages or files that hold them."""
+def named_parts(config: Blip2Config, model: Blip2 | None = None) -> Parts:
+    """The parts that a configuration names, from the packages or files that hold them.
+
+    Args:
+        model: what training starts from, where it was loaded whole: parts of our own kind are its.
+    """
     from blip2 import adapters
 
     return Parts(
-        encoder=cache(lambda: adapters.image_encoder(_named(config.vision, "vision"))),
-        text=cache(lambda: adapters.text_part(_named(config.text, "text"))),
-        language=cache(lambda: _language(_named(config.language, "language"))),
+        encoder=cache(lambda: _vision(config, model)),
+        text=cache(lambda: _text(config, model)),
+        language=cache(lambda: _language(config, model)),
         digest=cache(adapters.sha256),
     )
+
+
+def settled(parts: Parts, recipe: Recipe, device: torch.device, half: torch.dtype, *, exact: bool) -> Parts:
+    """The same, frozen and in half precision on their device; the image encoder exact and open where it is trained.
+
+    Args:
+        exact: keep the image encoder in float32.
+    Raises:
+        ConfigError: the image encoder is to be trained, and is none of ours.
+    """
+
+    def encoder() -> ImageEncoder:
+        made = parts.encoder()
+        if not recipe.vision.train:
+            return frozen_encoder(made, device, torch.float32 if exact else half)
+        if not isinstance(made, VisionTransformer):
+            raise ConfigError(
+                f"vision.train: {type(made).__name__} is another's and stays frozen; only a ViT of our own is trained, "
+                "that of a published model for one"
+            )
+        made.recompute = recipe.vision.recompute
+        return made.to(device, torch.float32).requires_grad_(True)
+
+    def language() -> tuple[LanguageModel, Tokenizer]:
+        made, tokenizer = parts.language()
+        return _frozen(made, device, half), tokenizer
+
+    return Parts(cache(encoder), parts.text, cache(language), parts.digest)
 
 
 @dataclass(frozen=True)
@@ -70,6 +113,7 @@ class Job:
     """What a run trains, reads and leaves behind.
 
     Attributes:
+        trained: every parameter that changes, by the name that recipes and checkpoints know it under.
         objective: a batch and a seed in, named losses out; holds the bridge.
         batches: number of a part of a step, counted over the whole run, to this rank's rows of it.
         epoch_steps: steps in which the data come round once.
@@ -77,20 +121,12 @@ class Job:
         save: writes the model into a directory.
     """
 
-    bridge: Bridge
+    trained: nn.Module
     objective: nn.Module
     batches: Callable[[int], Batch]
     epoch_steps: int
     validate: Callable[[], tuple[dict[str, float], float]] | None
     save: Callable[[Path], None]
-
-
-@dataclass(frozen=True)
-class Data:
-    """One source: its samples and their images."""
-
-    samples: Sequence[Sample]
-    images: Images
 
 
 def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.device, half: torch.dtype) -> Job:
@@ -104,24 +140,19 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         DataError: data that cannot be read.
         CheckpointError: weights to start from that do not fit.
     """
-    config = model_config(recipe)
-    if recipe.stage == 2 and config.language is None:
-        raise ConfigError("stage 2 needs a language model; name one under model.language")
-    if _reads_texts(recipe) and not config.heads:
-        raise ConfigError("model.heads: false, and the losses of stage 1 are computed by them; leave it out, or keep=0")
-    if (_reads_texts(recipe) or config.question_aware) and recipe.text_length > config.qformer.positions:
-        raise ConfigError(
-            f"text_length: {recipe.text_length} is more than the Q-Former's text has positions, "
-            f"{config.qformer.positions}; lower it, or raise model.qformer.positions"
-        )
+    config, start = model_config(recipe), find_start(recipe)
+    check_model(recipe, config, start)
     rows = recipe.batch_size // recipe.accumulate  # of one part of a step
     if rows % world.size:
         raise ConfigError(f"batch_size: parts of {rows} rows cannot be shared by {world.size} ranks")
-    given = parts or named_parts(config)
-    parts = dataclasses.replace(given, encoder=cache(lambda: frozen_encoder(given.encoder(), device, half)))
+    exact = recipe.vision.train or (start is not None and start.holds_vision)  # the image encoder, which is saved
+    model = None
+    if parts is None and start is not None and start.whole:
+        model = open_start(start, config, torch.float32 if exact else half)
+    parts = settled(parts or named_parts(config, model), recipe, device, half, exact=exact)
     texts = make_texts(recipe, config, parts)
-    data = [read_data(source, recipe, config, parts) for source in recipe.data]
-    bridge = start_bridge(recipe, config, parts.text).to(device)
+    data = [read_data(source, recipe, config, parts.encoder(), parts.digest) for source in recipe.data]
+    bridge = start_bridge(config, start, model, parts.text).to(device)
     mixture = Mixture(
         [(each.samples, source.weight) for each, source in zip(data, recipe.data, strict=True)],
         recipe.seed,
@@ -130,25 +161,59 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         views=_views(recipe),
     )
     batches = Batches(mixture, [each.images for each in data], texts, rows, rank=world.rank, world=world.size)
-    objective = partial(_objective, recipe, parts, bridge, texts, world, device, half)
+    lora = None if recipe.lora is None else inject(parts.language()[0], recipe.lora)
+    written = earlier_words(start)
+    objective = partial(_objective, recipe, parts, bridge, texts, written, world, device)
     validate = None
     if recipe.validate_ is not None:
         held_out = [
-            read_data(source, recipe, config, parts, limit=recipe.validate_.limit) for source in recipe.validate_.data
+            read_data(source, recipe, config, parts.encoder(), parts.digest, recipe.validate_.limit)
+            for source in recipe.validate_.data
         ]
         validate = Validation(
             bridge, objective([*data, *held_out]), held_out, texts, rows, world, device, questions=mixture.questions
         )
-    trained = objective(data)
-    vocabulary = trained.vocabulary if isinstance(trained, Stage2) else None
+    minimised = objective(data)
+    vision = cast("nn.Module", parts.encoder()) if recipe.vision.train else None
+    kept = parts.encoder() if start is not None and start.holds_vision else None  # comes along with the start's files
+    vocabulary = minimised.vocabulary if isinstance(minimised, Stage2) else written
+    saved = vision or cast("nn.Module | None", kept)
     return Job(
-        bridge=bridge,
-        objective=trained,
+        trained=Trained(bridge, vision, lora.layers() if lora else None),
+        objective=minimised,
         batches=batches.__getitem__,
         epoch_steps=recipe.epoch_steps or max(1, sum(len(each.samples) for each in data) // recipe.batch_size),
         validate=validate,
-        save=lambda place: weights.save(place, _as_trained(config, parts), bridge, vocabulary=vocabulary),
+        save=Outcome(config, start, parts.digest, bridge, saved, lora, vocabulary),
     )
+
+
+def check_model(recipe: Recipe, config: Blip2Config, start: Start | None) -> None:
+    """Refuse a recipe that the model cannot follow, before anything large is read.
+
+    Raises:
+        ConfigError: the message names the key.
+    """
+    with skeleton():
+        Bridge(config)  # refuses what does not go together
+    if recipe.stage == 2 and config.language is None:
+        raise ConfigError("stage 2 needs a language model; name one under model.language")
+    if _reads_texts(recipe) and not config.heads:
+        raise ConfigError("model.heads: false, and the losses of stage 1 are computed by them; leave it out, or keep=0")
+    if _reads_texts(recipe) and recipe.losses.itg and not config.word_head:
+        raise ConfigError(
+            "losses.itg: this model has no word head; write losses.itg=0, or model.word_head=true to begin a new one"
+        )
+    if (_reads_texts(recipe) or config.question_aware) and recipe.text_length > config.qformer.positions:
+        raise ConfigError(
+            f"text_length: {recipe.text_length} is more than the Q-Former's text has positions, "
+            f"{config.qformer.positions}; lower it, or raise model.qformer.positions"
+        )
+    if recipe.lora is not None and start is not None and start.config.adapter:
+        raise ConfigError(
+            f"lora: the language model of {start.directory} has an adapter already; write its model whole with "
+            "`blip2.load(...).save(...)` and start from that, or leave `lora` out"
+        )
 
 
 def make_texts(recipe: Recipe, config: Blip2Config, parts: Parts) -> Texts:
@@ -181,63 +246,21 @@ def _reads_texts(recipe: Recipe) -> bool:
     return recipe.stage == 1 or recipe.keep > 0
 
 
-def read_data(
-    source: Source,
-    recipe: Recipe,
-    config: Blip2Config,
-    parts: Parts,
-    limit: int | None = None,
-) -> Data:
-    """A source's samples and their images: cached features, class prototypes or pixels.
-
-    Args:
-        limit: for held-out data: no more samples than this, evenly taken, and each picture plain.
-    Raises:
-        DataError: the source cannot be read.
-    """
-    templates = source.templates or sources.TEMPLATES
-    samples = sources.read(
-        source.path, source.format, split=source.split, questions=source.questions, templates=templates
-    )
-    if limit is not None and len(samples) > limit:
-        samples = [samples[number * len(samples) // limit] for number in range(limit)]
-    encoder = parts.encoder()
-    if all(isinstance(sample.image, Prototype) for sample in samples):
-        return Data(samples, _prototypes(encoder, samples).patches)
-    settings = encoder.image_size, encoder.mean, encoder.std
-    transform, augment = image.Transform(*settings), image.RandomView(*settings)
-    features = recipe.features
-    if features.cache is None:
-        return Data(samples, Pixels(samples, transform, augment))
-    part = _named(config.vision, "vision")
-    views = 1 if limit is not None else features.views
-    stored = FeatureCache(
-        features.cache,
-        encoder,
-        f"{part.name} {parts.digest(part)}",
-        transform,
-        samples,
-        views=views,
-        augment=augment if views > 1 else None,
-        unreadable=features.unreadable,
-        progress=now_and_then(f"{source.path}: pictures encoded"),
-    )
-    if stored.dropped:
-        say(f"{source.path}: {len(stored.dropped)} pictures cannot be opened and are left out: {stored.dropped[:3]}")
-    return Data(stored.samples, stored.patches)
-
-
 def _objective(
     recipe: Recipe,
     parts: Parts,
     bridge: Bridge,
     texts: Texts,
+    written: Tensor | None,
     world: World,
     device: torch.device,
-    half: torch.dtype,
     data: Sequence[Data],
 ) -> nn.Module:
-    """What is minimised; the softmax runs over the words of the data where the recipe says so."""
+    """What is minimised; the softmax runs over the words of the data where the recipe says so.
+
+    Args:
+        written: int64[K], the tokens that the model writes already.
+    """
     encoder = parts.encoder() if recipe.features.cache is None else None
     scale = 1.0 if recipe.stage == 1 else recipe.keep
     captions = [plain(caption) for each in data for sample in each.samples for caption in sample.captions]
@@ -260,14 +283,15 @@ def _objective(
         assert first is not None  # stage 1 always reads texts
         return first.to(device)
     language, tokenizer = parts.language()
-    language = _frozen(language, device, half)
     begin_projection(bridge, language)
     vocabulary = None
     if recipe.vocabulary == "used":
         pairs = [(texts.prompts.caption, caption) for caption in captions]
         for sample in (sample for each in data for sample in each.samples):
             pairs += [(texts.prompts.question.format(question), answer) for question, answer in sample.questions]
-        vocabulary = _used([*texts.tokenize(pairs)[1].tolist(), tokenizer.stop_ids])  # an end is learned against others
+        earlier = [] if written is None else [written.tolist()]
+        ends = [tokenizer.stop_ids]  # an end is learned against others
+        vocabulary = _used([*texts.tokenize(pairs)[1].tolist(), *ends, *earlier])
     stage2 = Stage2(
         bridge,
         language,
@@ -301,27 +325,45 @@ def _frozen(part: _Part, device: torch.device, half: torch.dtype) -> _Part:
     """A part that does not train, on its device and in its precision."""
     if isinstance(part, nn.Module):
         part.requires_grad_(False).eval().to(device, half)
+        if isinstance(part, T5) and half is torch.float16:
+            part.half_safe()
     return part
 
 
-def _prototypes(encoder: Any, samples: list[Sample]) -> PrototypeFeatures:
-    """What the encoder's classifier holds classes to look like."""
-    if not hasattr(encoder, "prototypes"):
-        raise ConfigError("data of format `classes` need an image encoder with a classifier, which this one has not")
-    return PrototypeFeatures(encoder.prototypes, encoder.classes, samples)
+def _vision(config: Blip2Config, model: Blip2 | None) -> ImageEncoder:
+    from blip2 import adapters
+    from blip2.weights.assemble import sized
+
+    if isinstance(config.vision, VisionConfig) and model is not None:
+        return sized(model, config.vision.image_size)
+    return cast("ImageEncoder", adapters.image_encoder(_named(config.vision, "vision")))
 
 
-def _language(part: PartConfig) -> tuple[LanguageModel, Tokenizer]:
+def _text(config: Blip2Config, model: Blip2 | None) -> TextPart:
     from blip2 import adapters
 
-    language, tokenizer = adapters.language_model(part)
-    return cast("LanguageModel", language), tokenizer  # a protocol cannot say that `step` takes what `prefill` gave
+    if config.text is None and model is not None and model.text_tokenizer is not None:
+        return adapters.TextPart(torch.empty(0, 0), model.text_tokenizer, {})
+    return adapters.text_part(_named(config.text, "text"))
+
+
+def _language(config: Blip2Config, model: Blip2 | None) -> tuple[LanguageModel, Tokenizer]:
+    from blip2 import adapters
+
+    if model is not None and config.language == model.config.language:  # its adapter, if any, is merged
+        language, tokenizer = model.writer()
+        return language.language if isinstance(language, Narrowed) else language, tokenizer
+    made, tokenizer = adapters.language_model(_named(config.language, "language"))
+    return cast("LanguageModel", made), tokenizer  # a protocol cannot say that `step` takes what `prefill` gave
 
 
 def _named(part: PartConfig | VisionConfig | LanguageConfig | None, key: str) -> PartConfig:
     if isinstance(part, PartConfig):
         return part
-    raise ConfigError(f"model: training needs a frozen part by name as `{key}`, not {part}")
+    what = "none" if part is None else type(part).__name__.removesuffix("Config")
+    raise ConfigError(
+        f"model.{key}: {what}, whose weights are nowhere: name a frozen part, or give a `start` that brings them"
+    )
 
 
 def _views(recipe: Recipe) -> int:
@@ -329,13 +371,3 @@ def _views(recipe: Recipe) -> int:
     if recipe.features.cache is not None:
         return recipe.features.views
     return _ENDLESS if recipe.features.augment else 1
-
-
-def _as_trained(config: Blip2Config, parts: Parts) -> Blip2Config:
-    """The configuration with the SHA-256 of each part that somebody else made, and texts read as in training."""
-    changes = {
-        key: dataclasses.replace(part, sha256=parts.digest(part))
-        for key in ("vision", "text", "language")
-        if isinstance(part := getattr(config, key), PartConfig)
-    }
-    return config.replace(plain_texts=True, **changes)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from blip2.errors import ConfigError
+from blip2.train.sections import Features, LoRA, Losses, Section, Sources, Validate, Vision
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -59,80 +60,6 @@ _ELSEWHERE = {  # what other trainers call our keys
 }
 
 
-class Section(BaseModel):
-    """A part of a recipe: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class Source(Section):
-    """One data set; `blip2.data.sources.read` says what the formats are.
-
-    Attributes:
-        weight: its share of every batch, relative to the other sources.
-    """
-
-    path: str
-    format: Literal["auto", "webdataset", "flickr8k", "coco", "table", "folder", "classes"] = "auto"
-    split: str | None = None
-    questions: str | None = None
-    templates: tuple[str, ...] | None = None
-    weight: float = Field(default=1.0, gt=0)
-
-
-def _sources(value: Any) -> Any:
-    """`data: photos.csv` and `data: {path: photos.csv}` are lists of one."""
-    items = [value] if isinstance(value, str | Mapping) else value
-    return [{"path": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else value
-
-
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
-
-
-class Features(Section):
-    """Features of the frozen encoder.
-
-    Attributes:
-        cache: folder in which they are kept, computed once; None encodes every batch anew.
-        views: how many differently cropped views of a picture the cache holds.
-        augment: random resized crops and flips where pictures are encoded anew; False sees every picture whole.
-        unreadable: `error` stops at a picture that cannot be opened, `drop` leaves it out.
-    """
-
-    cache: Path | None = None
-    views: int = Field(default=1, ge=1)
-    augment: bool = True
-    unreadable: Literal["error", "drop"] = "error"
-
-
-class Validate(Section):
-    """Held-out data, looked at while training.
-
-    Attributes:
-        every: steps from one validation to the next; the last step is always validated.
-        limit: at most this many pictures.
-        select: which weights become the model at the end: those of the best validation, or the last.
-    """
-
-    data: Sources
-    every: int = Field(default=500, ge=1)
-    limit: int = Field(default=1000, ge=2)
-    select: Literal["best", "last"] = "best"
-
-
-class Losses(Section):
-    """Weights of the stage-1 losses; one of weight 0 is not computed.
-
-    Attributes:
-        diversity: not of the paper, where it is 0: keeps the queries from all saying the same about an image.
-    """
-
-    itc: float = Field(default=1.0, ge=0)
-    itm: float = Field(default=1.0, ge=0)
-    itg: float = Field(default=1.0, ge=0)
-    diversity: float = Field(default=0.0, ge=0)
-
-
 def _features(value: Any) -> Any:
     return {} if value == "online" else value
 
@@ -144,9 +71,10 @@ class Recipe(Section):
         stage: 1 (contrast, matching, image-grounded text) or 2 (the language model writes).
         output: folder of the run: its log, checkpoints, report and, at the end, the model.
         preset: where defaults come from.
-        model: a name of `config.PRESETS`, or a mapping: `preset` and what differs from it; left out, that of `start`.
-        start: folder of an earlier run, or of a saved model, whose bridge this run goes on from; `mini` is the model
-            that comes with the package.
+        model: a name of `config.PRESETS`, or a mapping: `preset` and what differs from it; without a preset, or left
+            out, what differs from the model of `start`.
+        start: what this run goes on from: the folder of an earlier run or of a model, our own or as transformers
+            writes it; OWNER/NAME of one on the hub; `mini` is the model that comes with the package.
         batch_size: pairs of one update, over all ranks and accumulated parts.
         accumulate: parts that a batch is computed in, each with its own contrast and gradient; they add up.
         lr, min_lr, warmup, warmup_from, schedule: linear from `warmup_from` to `lr` in `warmup` steps, then a cosine to
@@ -154,7 +82,10 @@ class Recipe(Section):
         clip: largest norm of the gradient; None for no limit, as published.
         decay_temperature: whether weight decay pulls at the contrastive temperature too.
         lr_scale: factors on the learning rate by pattern of parameter name, `*` as in file names; the first that fits.
-        train: patterns of the parameters that are trained.
+        train: patterns of the parameters that are trained; those of the image encoder are called `vision.*`, of the
+            language model's adapter `language.*`.
+        vision: training of the image encoder.
+        lora: low-rank changes of the language model in stage 2; it stays as it is where None.
         ema: decay of a running average of the weights, which is then what is validated and saved; None for none.
         text_length: most tokens of a text, cut on the right.
         vocabulary: the words that a softmax runs over: `used` in the training texts, or `all`.
@@ -197,6 +128,8 @@ class Recipe(Section):
     clip: float | None = Field(default=None, gt=0)
     lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     train: tuple[str, ...] = ("*",)
+    vision: Vision = Vision()
+    lora: LoRA | None = None
     ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
@@ -249,6 +182,13 @@ class Recipe(Section):
             raise ValueError("vocabulary: with prefix_lm it must be all, since the words of a cut caption vary")
         if self.stage == 1 and not any((self.losses.itc, self.losses.itm, self.losses.itg)):
             raise ValueError("losses: all are 0, and stage 1 learns from nothing else")
+        if self.vision.train and self.features.cache is not None:
+            raise ValueError(
+                "features.cache: the image encoder is trained, so that its features change with every step; leave the "
+                "cache out, or vision.train"
+            )
+        if self.lora is not None and self.stage == 1:
+            raise ValueError("lora: stage 1 has no language model; train it in stage 2")
         if self.model is None and self.start is None:
             raise ValueError("model: is missing; name a preset, or an earlier run as `start`")
         return self

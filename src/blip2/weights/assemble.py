@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from blip2.adapters.narrowed import Narrowed
 from blip2.blip2 import Blip2
 from blip2.config import HUB, PRESETS, Blip2Config, LanguageConfig, PartConfig, VisionConfig, read_config
 from blip2.errors import CheckpointError, ConfigError
+from blip2.model.vision import VisionTransformer
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.quantize import quantize_layers
 from blip2.text import Tokenizer
-from blip2.weights import paddle, transformers
-from blip2.weights.load import load, load_config, load_language, load_tokenizer
+from blip2.weights import adapter, paddle, transformers
+from blip2.weights.base import find
+from blip2.weights.load import Loaded, load, load_config, load_language, load_tokenizer
 from blip2.weights.placement import WHOLE, Memory
 from blip2.weights.save import LANGUAGE, TOKENIZERS
 
@@ -44,35 +46,68 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype, memory: 
     config = load_config(directory)
     text = adapters.text_part(config.text) if config.text else None
     loaded = load(directory, text.words if text else None)
-    encoder: Any = loaded.vision
-    if isinstance(config.vision, PartConfig):
-        encoder = adapters.image_encoder(config.vision)
-    language: LanguageModel | None = None
-    tokenizer = load_tokenizer(directory, "language")
-    if isinstance(config.language, LanguageConfig):
-        language = load_language(directory, config.language, device, dtype, memory)
-        if tokenizer is None:
-            raise CheckpointError(f"{directory}: {TOKENIZERS} names no tokenizer of the language model")
-    elif config.language is not None:
-        language, tokenizer = adapters.language_model(config.language)
-        if loaded.vocabulary is not None:
-            language = _narrowed(language, tokenizer, loaded.vocabulary, directory)
-    for part in (encoder, None if isinstance(config.language, LanguageConfig) else language):
-        if isinstance(part, nn.Module):
+    exact = dataclasses.replace(memory, quantize=None) if config.adapter else memory  # merged first, then made coarse
+    base = assemble(find(config.base, directory), device, dtype, exact) if config.base else None
+    encoder = _encoder(config, loaded, base)
+    language, tokenizer = _language(config, directory, base, device, dtype, exact)
+    if config.adapter:
+        adapter.merge(language, directory, config.adapter)
+    if loaded.vocabulary is not None and language is not None and tokenizer is not None:
+        language = _narrowed(language, tokenizer, loaded.vocabulary, directory)
+    placed = base is not None and encoder is base.encoder, isinstance(config.language, LanguageConfig)
+    for part, is_placed in zip((encoder, language), placed, strict=True):
+        if not isinstance(part, nn.Module):
+            continue
+        if not is_placed:
             part.to(device, dtype)
-            if memory.quantize:
-                quantize_layers(part, memory.quantize, device)
+        if memory.quantize and not (is_placed and exact.quantize):
+            quantize_layers(part, memory.quantize, device)
+    own_text = load_tokenizer(directory, "text") or (base.text_tokenizer if base else None)
     return Blip2(
         config,
-        cast("ImageEncoder", encoder),
+        encoder,
         loaded.bridge.to(device),
         language,
         tokenizer,
-        text.tokenizer if text else load_tokenizer(directory, "text"),
+        text.tokenizer if text else own_text,
         device,
         dtype,
         identity=_identity(directory),
     )
+
+
+def _encoder(config: Blip2Config, loaded: Loaded, base: Blip2 | None) -> ImageEncoder:
+    """The image encoder: a named part, the one saved with the model, or its base's, at the size that it has here."""
+    if isinstance(config.vision, PartConfig):
+        return cast("ImageEncoder", adapters.image_encoder(config.vision))
+    if loaded.vision is not None:
+        return loaded.vision
+    assert base is not None  # or `loaded` would have it
+    return sized(base, config.vision.image_size)
+
+
+def sized(model: Blip2, image_size: int) -> ImageEncoder:
+    """The image encoder of a model at a size of picture, see `VisionTransformer.resized`."""
+    if model.encoder.image_size == image_size or not isinstance(model.encoder, VisionTransformer):
+        return model.encoder
+    return model.encoder.resized(image_size)
+
+
+def _language(
+    config: Blip2Config, directory: Path, base: Blip2 | None, device: torch.device, dtype: torch.dtype, memory: Memory
+) -> tuple[LanguageModel | None, Tokenizer | None]:
+    """The language model and its tokenizer: a named part, the base's, or those saved with the model."""
+    if isinstance(config.language, PartConfig):
+        return adapters.language_model(config.language)
+    if config.language is None:
+        return None, load_tokenizer(directory, "language")
+    if base is not None:
+        return base.language, base.tokenizer
+    tokenizer = load_tokenizer(directory, "language")
+    language = load_language(directory, config.language, device, dtype, memory)
+    if tokenizer is None:
+        raise CheckpointError(f"{directory}: {TOKENIZERS} names no tokenizer of the language model")
+    return language, tokenizer
 
 
 def _narrowed(language: LanguageModel, tokenizer: Tokenizer, vocabulary: Tensor, directory: Path) -> Narrowed:

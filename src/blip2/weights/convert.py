@@ -9,8 +9,11 @@ from typing import Literal
 import torch
 
 from blip2.blip2 import Blip2
+from blip2.config import PartConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.weights import hub, lavis, paddle, transformers
+from blip2.weights.assemble import assemble
+from blip2.weights.load import load_config
 
 Format = Literal["transformers", "lavis", "paddle"]
 
@@ -21,7 +24,8 @@ def convert(
     """Write a checkpoint anew in another format, every tensor in the type that it has.
 
     Args:
-        source: a directory of transformers or PaddleNLP, a LAVIS file, or a name on the hub.
+        source: a directory of transformers or PaddleNLP, or of our own whose parts are of their kinds; a LAVIS file, or
+            a name on the hub.
         target: a directory, for `lavis` a `.pth`.
         parts: of a LAVIS source, see `blip2.load`.
         vision: for `lavis`, the image encoder too, as LAVIS keeps it where it was fine-tuned.
@@ -54,7 +58,21 @@ def _open(source: str | Path, parts: Mapping[str, str | Path] | None) -> Blip2:
         return paddle.load(place, cpu, None)
     if transformers.holds(place):
         return transformers.load(place, cpu, None)
-    raise CheckpointError(
-        f"{place}: neither a directory of transformers or PaddleNLP nor a LAVIS file; models in our own format name "
-        "frozen parts that other formats have no place for"
-    )
+    if not (place / "config.json").is_file():
+        raise CheckpointError(f"{place}: neither the directory of a model nor a LAVIS file")
+    return _own(place)
+
+
+def _own(place: Path) -> Blip2:
+    """A model in our own format, in float32: one fine-tuned from a published model, or such a one saved whole."""
+    config = load_config(place)
+    named = [key for key in ("vision", "language", "text") if isinstance(getattr(config, key), PartConfig)]
+    if named:
+        raise CheckpointError(
+            f"{place}: its `{named[0]}` is a named frozen part, which other formats have no place for"
+        )
+    if config.vocabulary is not None:
+        raise CheckpointError(f"{place}: writes {config.vocabulary} words only, which other formats cannot say")
+    if config.question_aware:
+        raise CheckpointError(f"{place}: its Q-Former reads questions too, which other formats cannot say")
+    return assemble(place, torch.device("cpu"), torch.float32)

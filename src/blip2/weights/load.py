@@ -33,7 +33,7 @@ class Loaded:
 
     Attributes:
         bridge: what was trained.
-        vision: the image encoder where it is ours.
+        vision: the image encoder where it is ours and saved with the model.
         vocabulary: int64[K], sorted: the tokens that the language model writes, all where None.
     """
 
@@ -60,12 +60,12 @@ def load(directory: Path, words: Tensor | None = None) -> Loaded:
     if config.qformer.frozen_words and config.qformer.text:
         bridge.qformer.words.weight.requires_grad_(False)
     vision = None
-    if isinstance(config.vision, VisionConfig):
+    if isinstance(config.vision, VisionConfig) and not (config.base and config.base.vision):
         with skeleton():
             vision = VisionTransformer(config.vision)
         _fill(vision, directory / "vision.safetensors", {})
         vision.requires_grad_(False).eval()
-    vocabulary = None if config.vocabulary is None else _vocabulary(directory, config.vocabulary)
+    vocabulary = None if config.vocabulary is None else load_vocabulary(directory, config.vocabulary)
     return Loaded(config, bridge.eval(), vision, vocabulary)
 
 
@@ -155,7 +155,12 @@ def check_names(module: nn.Module, state: Mapping[str, Tensor], source: object) 
         raise CheckpointError(f"{source}: does not fit its configuration: {'; '.join(wrong[:5])}{more}")
 
 
-def _vocabulary(directory: Path, size: int) -> Tensor:
+def load_vocabulary(directory: Path, size: int) -> Tensor:
+    """The tokens that a saved model writes, int64[size], sorted.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds something else.
+    """
     path = directory / "vocabulary.safetensors"
     state = read_tensors(path)
     ids = state.get("ids")

@@ -82,6 +82,13 @@ def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) 
     config = model.config
     language, vocabulary = model.language, getattr(model.language, "vocabulary", None)
     own = isinstance(config.language, LanguageConfig)
+    if config.adapter and not own:
+        raise CheckpointError(
+            "the language model is a named part changed by an adapter, which has no place here; copy the directory "
+            "that the model was loaded from"
+        )
+    config = config.replace(base=None, adapter=0)  # all is written here
+    language = language if vocabulary is None else getattr(language, "language", language)
     if own:
         _check_language(language, config.language)
     vision = cast("nn.Module", model.encoder) if isinstance(config.vision, VisionConfig) else None
@@ -91,7 +98,7 @@ def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) 
         raise CheckpointError(f"{directory}: holds {paddle.FILE}, which would be read instead; choose another folder")
     ids = _tokenizers(model, own)
     with _together(directory) as file:
-        _write_model(file, directory, config, model.bridge, vision, dtype, None if own else vocabulary)
+        _write_model(file, directory, config, model.bridge, vision, dtype, vocabulary)
         if ids:
             values = {name: asdict(each) for name, (_, each) in ids.items()}
             file(TOKENIZERS).write_text(json.dumps(values, indent=2) + "\n")

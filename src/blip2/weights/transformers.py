@@ -53,7 +53,13 @@ def read_config(directory: Path) -> Blip2Config:
         CheckpointError: as `load`.
     """
     path = directory / "config.json"
-    return keys.config(read_json(path), path, open_directory(directory).names())
+    found = keys.config(read_json(path), path, open_directory(directory).names())
+    extra = directory / EXTRA
+    return _with_word_head(found, Safetensors.open([extra])) if extra.is_file() else found
+
+
+def _with_word_head(config: Blip2Config, extra: Tensors) -> Blip2Config:
+    return config.replace(word_head=any(name.startswith("bridge.heads.words.") for name in extra.names()))
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -80,7 +86,7 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype | None, memor
     extra = Safetensors.open([directory / EXTRA]) if (directory / EXTRA).is_file() else None
     config = keys.config(values, directory / "config.json", tensors.names())
     if extra is not None:
-        config = config.replace(word_head=any(name.startswith("bridge.heads.words.") for name in extra.names()))
+        config = _with_word_head(config, extra)
     return build(config, values, tensors, maps.blip2(config), maps.BESIDE, directory, device, dtype, memory, extra)
 
 

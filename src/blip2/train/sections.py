@@ -1,0 +1,111 @@
+"""The sections of a recipe: what stands below its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Source(Section):
+    """One data set; `blip2.data.sources.read` says what the formats are.
+
+    Attributes:
+        weight: its share of every batch, relative to the other sources.
+    """
+
+    path: str
+    format: Literal["auto", "webdataset", "flickr8k", "coco", "table", "folder", "classes"] = "auto"
+    split: str | None = None
+    questions: str | None = None
+    templates: tuple[str, ...] | None = None
+    weight: float = Field(default=1.0, gt=0)
+
+
+def _sources(value: Any) -> Any:
+    """`data: photos.csv` and `data: {path: photos.csv}` are lists of one."""
+    items = [value] if isinstance(value, str | Mapping) else value
+    return [{"path": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
+
+
+class Features(Section):
+    """Features of the frozen encoder.
+
+    Attributes:
+        cache: folder in which they are kept, computed once; None encodes every batch anew.
+        views: how many differently cropped views of a picture the cache holds.
+        augment: random resized crops and flips where pictures are encoded anew; False sees every picture whole.
+        unreadable: `error` stops at a picture that cannot be opened, `drop` leaves it out.
+    """
+
+    cache: Path | None = None
+    views: int = Field(default=1, ge=1)
+    augment: bool = True
+    unreadable: Literal["error", "drop"] = "error"
+
+
+class Validate(Section):
+    """Held-out data, looked at while training.
+
+    Attributes:
+        every: steps from one validation to the next; the last step is always validated.
+        limit: at most this many pictures.
+        select: which weights become the model at the end: those of the best validation, or the last.
+    """
+
+    data: Sources
+    every: int = Field(default=500, ge=1)
+    limit: int = Field(default=1000, ge=2)
+    select: Literal["best", "last"] = "best"
+
+
+class Losses(Section):
+    """Weights of the stage-1 losses; one of weight 0 is not computed.
+
+    Attributes:
+        diversity: not of the paper, where it is 0: keeps the queries from all saying the same about an image.
+    """
+
+    itc: float = Field(default=1.0, ge=0)
+    itm: float = Field(default=1.0, ge=0)
+    itg: float = Field(default=1.0, ge=0)
+    diversity: float = Field(default=0.0, ge=0)
+
+
+class Vision(Section):
+    """Training of the image encoder, which must be a ViT of our own, come from `start`.
+
+    Attributes:
+        train: whether it is trained; frozen as in pre-training where not.
+        layer_decay: factor on the learning rate from each block to the one below it; 1 for the same rate everywhere.
+        recompute: compute each block once more in the backward pass instead of keeping what it computed: a quarter
+            slower or so, in a fraction of the memory.
+    """
+
+    train: bool = False
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    recompute: bool = False
+
+
+class LoRA(Section):
+    """Low-rank changes of the language model's linear layers, made by PEFT.
+
+    Attributes:
+        alpha: the changes are scaled by alpha / rank.
+        targets: patterns of the names of linear layers, `*` as in file names; the head is never changed.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    targets: tuple[str, ...] = Field(default=("*",), min_length=1)
