@@ -15,12 +15,13 @@ from torch import Tensor
 
 from blip2 import generate, image
 from blip2.batching import BatchSize
+from blip2.calibration import Calibration
 from blip2.chat import Chat
 from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.encoding import encoded
 from blip2.errors import ConfigError, PromptError
-from blip2.matching import match_all
+from blip2.matching import match_all, probability
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, positive, present, sentence, unwrap
 from blip2.packed import plain_weights
@@ -43,6 +44,7 @@ class Blip2:
         text_tokenizer: the Q-Former's; None where the bridge has no text side.
         dtype: of the frozen parts.
         identity: what distinguishes this model's features from another's, for indexes and caches.
+        calibration: of matching probabilities; None leaves them as the head says.
     """
 
     config: Blip2Config
@@ -54,6 +56,7 @@ class Blip2:
     device: torch.device
     dtype: torch.dtype = torch.float32
     identity: str = ""
+    calibration: Calibration | None = None
 
     # -- images ------------------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class Blip2:
         ids = self.text_ids(rows)  # (M, T)
         vectors = self.embed_images(features).to(self.device)
         itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
-        itm = match_all(self.bridge, features.patches, ids).softmax(-1)[..., 1]  # (N, M)
+        itm = probability(match_all(self.bridge, features.patches, ids), self.calibration)  # (N, M)
         return Matches(itm, itc)
 
     @torch.inference_mode()

@@ -9,7 +9,22 @@ from typing import Annotated
 import typer
 
 import blip2
-from blip2.cli import ask, bench, caption, convert, dedupe, embed, evaluate, index, info, match, search, train, verify
+from blip2.cli import (
+    ask,
+    bench,
+    calibrate,
+    caption,
+    convert,
+    dedupe,
+    embed,
+    evaluate,
+    index,
+    info,
+    match,
+    search,
+    train,
+    verify,
+)
 from blip2.cli.console import fail
 
 app = typer.Typer(
@@ -50,6 +65,7 @@ app.command()(caption.caption)
 app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(match.match)
+app.command()(calibrate.calibrate)
 app.command()(embed.embed)
 app.command()(index.index)
 app.command()(search.search)

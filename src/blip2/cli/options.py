@@ -32,6 +32,15 @@ Quantize = Annotated[
         show_default=False,
     ),
 ]
+Calibrated = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="What `blip2 calibrate` wrote for this model. [default: calibration.json beside it, if any]",
+        rich_help_panel="Machine",
+        show_default=False,
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Images in one pass.", rich_help_panel="Machine")]
 AutoBatch = Annotated[
     int | None,
