@@ -29,6 +29,7 @@ from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.reading import Asked
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
+from blip2.zero_shot import By, Classifier
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
 ENCODED = {"cpu": 16, "mps": 16, "cuda": 64}  # images in one pass of the encoder
@@ -201,6 +202,26 @@ class Blip2:
         itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
         itm = probability(match_all(self.bridge, features.patches, ids), self.calibration)  # (N, M)
         return Matches(itm, itc)
+
+    def classify(
+        self,
+        images: Images,
+        labels: Sequence[str],
+        *,
+        templates: Sequence[str] | None = None,
+        by: By = "itc",
+        details: bool = False,
+    ) -> Any:
+        """Which of the labels each image shows, without being trained on them.
+
+        Args:
+            templates, by: see `zero_shot.Classifier`, which also keeps the labels for more images.
+            details: give `Classification`s with the scores of all labels.
+        Returns:
+            A label for one image, a list for a list.
+        """
+        found = Classifier.of(self, labels, templates, by).classify(images)
+        return unwrap(found if details else [each.best for each in found], not is_list(images))
 
     @torch.inference_mode()
     def match_logits(self, features: ImageFeatures, ids: Tensor, pairs: Tensor) -> Tensor:

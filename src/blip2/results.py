@@ -109,5 +109,28 @@ class Ranking:
         return tuple(torch.tensor(self.log_probs).softmax(0).tolist())
 
 
+@dataclass(frozen=True)
+class Classification:
+    """Labels, by how well they fit an image.
+
+    Attributes:
+        labels: as they were given.
+        scores: of each label its cosine with the image (ITC), or the probability that it matches by itself (ITM).
+    """
+
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def best(self) -> str:
+        """The label that fits best; the first of equals."""
+        return self.top(1)[0][0]
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """The best labels with their scores, best first."""
+        order = sorted(range(len(self.labels)), key=lambda index: -self.scores[index])[:count]
+        return [(self.labels[index], self.scores[index]) for index in order]
+
+
 def _on_cpu(index: Any) -> Any:
     return index.cpu() if isinstance(index, Tensor) else index

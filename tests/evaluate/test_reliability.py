@@ -41,7 +41,7 @@ def test_pairs_are_judged_as_match_does(model: Blip2, folder: Path):
     assert calls == [("pictures", 3, 4), ("pictures", 4, 4)]
     assert len(found.logits) == 4 * len(samples)  # two texts a picture, and as many others
     texts = {text for sample in samples for text in sample.captions}
-    everything = model.match([str(sample.image) for sample in samples], sorted(texts)).itm
+    everything = model.match([str(sample.image) for sample in samples], sorted(texts)).itm.numpy()
     for row, logits, fits in zip(found.pictures, found.logits, found.matches, strict=True):
         own = [sorted(texts).index(text) for text in samples[row].captions]
         allowed = everything[row][own] if fits else np.delete(everything[row], own)

@@ -14,6 +14,7 @@ from blip2.cli import (
     bench,
     calibrate,
     caption,
+    classify,
     convert,
     dedupe,
     embed,
@@ -65,6 +66,7 @@ app.command()(caption.caption)
 app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(match.match)
+app.command()(classify.classify)
 app.command()(calibrate.calibrate)
 app.command()(embed.embed)
 app.command()(index.index)

@@ -15,31 +15,33 @@ from blip2.errors import ConfigError, DataError
 from blip2.files import replacing
 
 if TYPE_CHECKING:
+    from blip2.calibration import Calibration
     from blip2.data.sources import Format, Sample
-    from blip2.evaluate.reliability import Reliability
+    from blip2.evaluate.reliability import Pairs
 
 Samples = tuple["list[Sample]", "list[Sample]"]
+Test = Annotated[
+    str | None,
+    typer.Option(help="What it is measured on; half of DATA without.", show_default=False, rich_help_panel="Data"),
+]
+TestSplit = Annotated[
+    str | None, typer.Option(help="The same, where DATA has splits.", show_default=False, rich_help_panel="Data")
+]
+BaseRate = Annotated[float, typer.Option(help="Share of the pairs that match, where the model is used.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="A file, in place of the model's own folder.", show_default=False)
+]
+Plot = Annotated[Path | None, typer.Option(help="An .svg of what was said and what is so.", show_default=False)]
 
 
 def calibrate(
     data: Data,
     *,
-    test: Annotated[
-        str | None,
-        typer.Option(help="What it is measured on; half of DATA without.", show_default=False, rich_help_panel="Data"),
-    ] = None,
-    test_split: Annotated[
-        str | None,
-        typer.Option(help="The same, where DATA has splits.", show_default=False, rich_help_panel="Data"),
-    ] = None,
-    base_rate: Annotated[float, typer.Option(help="Share of the pairs that match, where the model is used.")] = 0.5,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="A file, in place of the model's own folder.", show_default=False),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="An .svg of what was said and what is so.", show_default=False)
-    ] = None,
+    test: Test = None,
+    test_split: TestSplit = None,
+    base_rate: BaseRate = 0.5,
+    out: Out = None,
+    plot: Plot = None,
     format: Layout = "auto",
     split: Split = None,
     images: Images = None,
@@ -69,8 +71,8 @@ def calibrate(
         if file is not None:
             check_out(file)
     fitted, held = _samples(data, test, format, split, test_split, images, limit)
-    from blip2 import calibration, matching
-    from blip2.evaluate.reliability import judged, reliability
+    from blip2 import calibration
+    from blip2.evaluate.reliability import judged
     from blip2.weights import calibrated
 
     calibration.check_base_rate(base_rate)
@@ -78,22 +80,35 @@ def calibrate(
     with bars() as progress:
         pairs = [judged(opened, some, batch_size=batch_size, progress=progress) for some in (fitted, held)]
     found = calibration.fit(pairs[0].logits, pairs[0].matches, base_rate)
+    _measure(pairs[1], found, plot)
+    calibrated.write(place, found, opened.identity)
+    note(
+        f"temperature {found.temperature:.4g}, bias {found.bias:.4g} where {base_rate:g} of the pairs match, from "
+        f"{len(fitted)} pictures; measured on {len(pairs[1].matches)} pairs of {len(held)} pictures; written to {place}"
+    )
+
+
+def _measure(pairs: Pairs, found: Calibration, plot: Path | None) -> None:
+    """What a calibration changes on pairs that it was not fitted on, as a table and a picture."""
+    from blip2 import drawing, matching
+    from blip2.evaluate.reliability import reliability
+
     sides = {
-        name: reliability(matching.probability(pairs[1].logits, how), pairs[1], base_rate)
+        name: reliability(matching.probability(pairs.logits, how), pairs, found.base_rate)
         for name, how in (("as it is", None), ("calibrated", found))
     }
-    calibrated.write(place, found, opened.identity)
     show(
         {f"negative log-likelihood, {name}": each.nll for name, each in sides.items()}
         | {f"calibration error, {name}": each.ece for name, each in sides.items()}
     )
-    if plot is not None:
-        _draw(plot, sides)
-    kinds = f"{len(pairs[1].matches)} pairs of {len(held)} pictures"
-    note(
-        f"temperature {found.temperature:.4g}, bias {found.bias:.4g} where {base_rate:g} of the pairs match, from "
-        f"{len(fitted)} pictures; measured on {kinds}; written to {place}"
-    )
+    if plot is None:
+        return
+    points = {
+        name: [(each.probability, each.share.value, each.share.low, each.share.high) for each in side.bins]
+        for name, side in sides.items()
+    }
+    with replacing(plot) as partial:
+        partial.write_text(drawing.reliability(points), encoding="utf-8")
 
 
 def _place(model: str, out: Path | None) -> Path:
@@ -132,14 +147,3 @@ def _samples(
     if {str(sample.image) for sample in found} & {str(sample.image) for sample in held}:
         raise DataError(f"{test or data}: has pictures of the fit: what is measured on them is worth nothing")
     return found[:limit], held[:limit]
-
-
-def _draw(path: Path, sides: dict[str, Reliability]) -> None:
-    from blip2 import drawing
-
-    points = {
-        name: [(each.probability, each.share.value, each.share.low, each.share.high) for each in side.bins]
-        for name, side in sides.items()
-    }
-    with replacing(path) as partial:
-        partial.write_text(drawing.reliability(points), encoding="utf-8")

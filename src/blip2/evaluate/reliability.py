@@ -132,7 +132,7 @@ def reliability(probabilities: Tensor, pairs: Pairs, base_rate: float = BASE_RAT
 
     def sums(values: Floats) -> Floats:  # (N, B): of each picture in each bin
         flat = np.bincount(unit * BINS + bins, weights=weights * values, minlength=len(kinds) * BINS)
-        return flat.reshape(len(kinds), BINS)
+        return flat.astype(np.float64).reshape(len(kinds), BINS)
 
     mass, sure, right = sums(np.ones_like(said)), sums(said), sums(true)
     gap = sure - right
