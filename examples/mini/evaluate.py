@@ -29,7 +29,7 @@ from blip2.evaluate import evaluate_answers, evaluate_captions, evaluate_retriev
 from blip2.evaluate.classification import DEPTHS, accuracy, places
 from blip2.evaluate.estimate import mean
 from blip2.evaluate.run import encode
-from blip2.zero_shot import BY, Classifier
+from blip2.zero_shot import Classifier
 
 TOP = 32  # of each query's best are re-ranked by matching
 WEIGHT = 0.05  # of a match's logit beside the cosine: the best of 0.02 to 1 for text to image on validation pictures
@@ -71,25 +71,24 @@ def named(model: Blip2, data: Data, naming: Naming) -> tuple[Numbers, Texts]:
 
 
 def classes(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
-    """Both sets of held-out stamps among the names of all things in the set: bare, in templates, and what these gain."""
+    """Both sets of held-out stamps, each among its own names: bare, in templates, what these gain, and by matching."""
     numbers: Numbers = {}
-    for name, set_name in (("unseen", "unseen stamps"), ("named", "held-out stamps")):
+    for name, title in (("unseen", "unseen stamps"), ("named", "held-out stamps")):
         samples, things = data.stamps(name), data.things(name)
         truth = [things[sample.id] for sample in samples]
         labels = sorted(set(truth))
         features = encode(model, samples, progress=show)
-        for by in BY:
-            found = {
-                kind: places(Classifier.of(model, labels, templates, by).scores(features).cpu().numpy(), labels, truth)
-                for kind, templates in (("bare", ["{}"]), ("templates", None))
-            }
-            rows = {
-                f"{kind}, {depth}": value for kind, place in found.items() for depth, value in accuracy(place).items()
-            }
-            for depth in DEPTHS:
-                hits = {kind: (place < depth).astype(float) for kind, place in found.items()}
-                rows[f"templates beyond bare, top-{depth}"] = mean(hits["templates"] - hits["bare"])
-            numbers[f"{set_name}, {len(labels)} names by {by.upper()}"] = {**rows}
+        ways = {
+            "bare, ITC": Classifier.of(model, labels, ["{}"]),
+            "templates, ITC": Classifier.of(model, labels),
+            "bare, ITM": Classifier.of(model, labels, ["{}"], by="itm"),
+        }
+        found = {way: places(each.scores(features).cpu().numpy(), labels, truth) for way, each in ways.items()}
+        rows = {f"{way}, {depth}": value for way, place in found.items() for depth, value in accuracy(place).items()}
+        for depth in DEPTHS:
+            bare, framed = ((found[way] < depth).astype(float) for way in ("bare, ITC", "templates, ITC"))
+            rows[f"templates beyond bare, ITC, top-{depth}"] = mean(framed - bare)
+        numbers[f"{title}, {len(labels)} names"] = {**rows}
     return numbers, []
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from blip2.blip2 import Blip2
 
 By: TypeAlias = Literal["itc", "itm"]
-BY: tuple[By, ...] = get_args(By)
 
 TEMPLATES = (
     "{}",
@@ -72,7 +71,7 @@ class Classifier:
             PromptError: fewer than two labels, an empty or a doubled one, or a template without `{}`.
             ConfigError: the model has no text side, or there is no such `by`.
         """
-        if by not in BY:
+        if by not in get_args(By):
             raise ConfigError(f"by is {by!r}; use itc or itm")
         names = checked_labels(labels)
         frames = checked_templates(TEMPLATES if templates is None else templates)
