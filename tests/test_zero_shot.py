@@ -13,7 +13,7 @@ from blip2.blip2 import Blip2
 from blip2.calibration import Calibration
 from blip2.errors import ConfigError, DataError, PromptError
 from blip2.results import Classification
-from blip2.zero_shot import TEMPLATES, Classifier, checked_templates, read_labels, worded
+from blip2.zero_shot import TEMPLATES, Classifier, checked_templates, own_templates, read_labels, worded
 from tiny_model import WORDS, build, picture
 
 LABELS = ["dog", "a red house", "the beach", "cat"]
@@ -70,6 +70,14 @@ def test_bare_labels_by_either_head_score_as_match_does(model: Blip2):
     several = Classifier.of(model, LABELS, ["{}", "a {}"], "itm").scores(photos)
     both = [Classifier.of(model, LABELS, [each], "itm").scores(photos).logit() for each in ("{}", "a {}")]
     torch.testing.assert_close(several.logit(), (both[0] + both[1]) / 2, atol=1e-3, rtol=1e-3)  # float32's logit
+
+
+def test_templates_are_the_default_where_the_first_token_stands_for_the_text(model: Blip2):
+    assert model.classify(picture(0), LABELS, details=True) == model.classify(
+        picture(0), LABELS, templates=TEMPLATES, details=True
+    )
+    config = model.config.replace(qformer=dataclasses.replace(model.config.qformer, text_pooling="mean"))
+    assert own_templates(dataclasses.replace(model, config=config)) == ("{}",)
 
 
 def test_labels_are_read_once_for_all_images(model: Blip2, monkeypatch: pytest.MonkeyPatch):

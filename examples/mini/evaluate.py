@@ -29,7 +29,7 @@ from blip2.evaluate import evaluate_answers, evaluate_captions, evaluate_retriev
 from blip2.evaluate.classification import DEPTHS, accuracy, places
 from blip2.evaluate.estimate import mean
 from blip2.evaluate.run import encode
-from blip2.zero_shot import Classifier
+from blip2.zero_shot import BARE, TEMPLATES, Classifier
 
 TOP = 32  # of each query's best are re-ranked by matching
 WEIGHT = 0.05  # of a match's logit beside the cosine: the best of 0.02 to 1 for text to image on validation pictures
@@ -79,9 +79,9 @@ def classes(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
         labels = sorted(set(truth))
         features = encode(model, samples, progress=show)
         ways = {
-            "bare, ITC": Classifier.of(model, labels, ["{}"]),
-            "templates, ITC": Classifier.of(model, labels),
-            "bare, ITM": Classifier.of(model, labels, ["{}"], by="itm"),
+            "bare, ITC": Classifier.of(model, labels, BARE),
+            "templates, ITC": Classifier.of(model, labels, TEMPLATES),
+            "bare, ITM": Classifier.of(model, labels, BARE, by="itm"),
         }
         found = {way: places(each.scores(features).cpu().numpy(), labels, truth) for way, each in ways.items()}
         rows = {f"{way}, {depth}": value for way, place in found.items() for depth, value in accuracy(place).items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from blip2 import generate, image
 from blip2.batching import BatchSize
 from blip2.calibration import Calibration
 from blip2.chat import Chat
+from blip2.choosing import Choice, can_judge, judged
 from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.encoding import encoded
@@ -113,6 +114,9 @@ class Blip2:
         *,
         stream: bool = False,
         details: bool = False,
+        best_of: int | None = None,
+        by: Literal["itm", "itc"] = "itm",
+        threshold: float | None = None,
         batch_size: int = WRITTEN,
         **options: Unpack[Options],
     ) -> Any:
@@ -123,27 +127,33 @@ class Blip2:
             prompt: what the caption starts from; the model's own where None. `<image>` in it is where an image stands,
                 once for each; without any, images stand before the text.
             stream: give an iterator of text pieces of one image, greedy or drawn.
-            details: give `Generation`s with tokens and log-probabilities instead of `str`s.
+            details: give `Generation`s instead of `str`s: tokens, log-probabilities, how well text and image match.
+            best_of, by, threshold: write several and keep the best, see `choosing.Choice`.
             batch_size: images whose captions are written together.
             options: how the text is chosen, see `Decoding`; five beams by default, one for a stream, and what the
                 model's own `config.captions` says.
         Returns:
-            A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each.
+            A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each. None in place
+            of a text that does not reach the threshold.
         """
+        choice = Choice(best_of, by, threshold)
         words = self.config.prompts.caption if prompt is None else prompt
         single = not is_list(images)
         features, counts = grouped(self.encode, images)
         own = self.config.captions
         decoding = Decoding.of(
-            options,
+            choice.widened(options),
             num_beams=1 if stream else BEAMS,
             length_penalty=own.length_penalty,
             no_repeat_ngram=own.no_repeat_ngram,
         )
         if stream:
-            return self._stream(features, words, decoding, details, counts)
+            return self._stream(features, words, decoding, details or choice.chooses, counts)
         found = self.write(features, [words] * len(counts), decoding, batch_size, counts)
-        return unwrap(present(found, details, decoding), single)
+        if choice.chooses or (details and can_judge(self) and len(counts) == len(features)):
+            found = judged(self, features, counts, found)
+        count = options.get("num_captions", 1)
+        return unwrap(present(choice.kept(found, count), details, count), single)
 
     def ask(
         self,
@@ -183,7 +193,7 @@ class Blip2:
             return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details, counts)
         decoding = Decoding.of(options, num_beams=BEAMS, max_new_tokens=10)
         found = self.write(features, prompts, decoding, counts=counts)
-        return unwrap(present(found, details, decoding), single)
+        return unwrap(present(found, details, decoding.num_captions), single)
 
     def chat(self, image: Images) -> Chat:
         """A conversation about one image, which is encoded once."""
@@ -350,7 +360,7 @@ class Blip2:
         self, features: ImageFeatures, prompt: str, decoding: Decoding, details: bool, counts: Sequence[int]
     ) -> Iterator[str]:
         if details:
-            raise ConfigError("a stream gives text as it comes: details are for whole texts")
+            raise ConfigError("a stream gives text as it comes: details and a choice are for whole texts")
         if len(counts) != 1:
             raise ConfigError(f"a stream is of one text, not of {len(counts)}")
         language, tokenizer = self.writer()

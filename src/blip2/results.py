@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -77,6 +78,8 @@ class Generation:
         log_probs: log-probability of each generated token, the ending one included where there was one.
         score: what it was ranked by: the sum of `log_probs` over length ** length_penalty.
         finish: `stop` where the model ended the text itself, `length` where the limit did.
+        match: probability that text and image match (ITM); None where it was not asked, or the model does not match.
+        cosine: of their vectors (ITC); None as `match`.
     """
 
     text: str
@@ -84,6 +87,13 @@ class Generation:
     log_probs: tuple[float, ...]
     score: float
     finish: Literal["stop", "length"]
+    match: float | None = None
+    cosine: float | None = None
+
+    @property
+    def confidence(self) -> float:
+        """How sure the language model was of a token, on (geometric) average: from 0 to 1, whatever the length."""
+        return math.exp(sum(self.log_probs) / len(self.log_probs)) if self.log_probs else 0.0
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ TEMPLATES = (
     "a {} in front of something else",
     "a {} seen from nearby",
 )
+BARE = ("{}",)
 AT_ONCE = 16  # images whose cosines with all labels are in memory together
 
 
@@ -65,8 +66,8 @@ class Classifier:
         """Read the labels in every template.
 
         Args:
-            templates: sentences with `{}` where the label stands (`a {}` becomes `an {}` before a vowel); `TEMPLATES`
-                where None, `("{}",)` for the bare labels.
+            templates: sentences with `{}` where the label stands (`a {}` becomes `an {}` before a vowel); see
+                `own_templates` where None.
         Raises:
             PromptError: fewer than two labels, an empty or a doubled one, or a template without `{}`.
             ConfigError: the model has no text side, or there is no such `by`.
@@ -74,7 +75,7 @@ class Classifier:
         if by not in get_args(By):
             raise ConfigError(f"by is {by!r}; use itc or itm")
         names = checked_labels(labels)
-        frames = checked_templates(TEMPLATES if templates is None else templates)
+        frames = checked_templates(own_templates(model) if templates is None else templates)
         sentences = [worded(frame, name) for name in names for frame in frames]
         empty = torch.empty(0, device=model.device)
         if by == "itm":
@@ -95,6 +96,14 @@ class Classifier:
     def classify(self, images: Images) -> list[Classification]:
         """Each image's labels with their scores."""
         return [Classification(self.labels, tuple(row)) for row in self.scores(images).tolist()]
+
+
+def own_templates(model: Blip2) -> tuple[str, ...]:
+    """`TEMPLATES`; or the bare label where a text's vector is the mean of its words, which a template thins out.
+
+    On `mini`, whose is such a mean, they lost more than they gained: docs/matching.md.
+    """
+    return TEMPLATES if model.config.qformer.text_pooling == "cls" else BARE
 
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:

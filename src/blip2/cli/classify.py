@@ -36,7 +36,7 @@ def classify(
         typer.Option(
             "--template",
             "-t",
-            help="A sentence with {} where the label stands; may be given often. [default: eight of our own]",
+            help="A sentence with {} where the label stands; may be given often. [default: our own for this model]",
             show_default=False,
         ),
     ] = None,
@@ -69,7 +69,7 @@ def classify(
     if not names:
         raise PromptError("no labels to choose from: name each with --label, or a file of them with --labels")
     zero_shot.checked_labels(names)  # what is wrong is said before a model is loaded
-    zero_shot.checked_templates(template or zero_shot.TEMPLATES)
+    zero_shot.checked_templates(template or zero_shot.BARE)
     files = image.find_images(paths)
     opened = open_model(model, device, dtype, quantize, calibration or True)
     long = [name for name in names if opened.unread(name)]
