@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from wordnet import DATABASE, WordNet
 
 from blip2 import adapters, evaluate, image
+from blip2.adapters.efficientnet import class_names
 from blip2.config import PRESETS, PartConfig
 from blip2.data.shards import ImageRef
 from blip2.data.sources import Prototype, Sample
@@ -170,7 +171,7 @@ class Parts:
 
     def top_names(self, samples: Sequence[Sample]) -> list[str]:
         """The classifier's likeliest class of each picture."""
-        names, _ = self.encoder.prototypes()
+        names = class_names()
         classes = self._kept(
             "classes", samples, lambda pixels: self.encoder.class_probabilities(pixels).topk(1).indices
         )

@@ -17,11 +17,12 @@ from blip2 import generate, image
 from blip2.batching import BatchSize
 from blip2.calibration import Calibration
 from blip2.chat import Chat
-from blip2.choosing import Choice, can_judge, judged
+from blip2.choosing import Choice, judged
 from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.encoding import encoded
 from blip2.errors import ConfigError, PromptError
+from blip2.heeding import each_image, heeded
 from blip2.matching import match_all, probability
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, positive, present, sentence, unwrap
@@ -30,7 +31,7 @@ from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.reading import Asked
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
-from blip2.zero_shot import By, Classifier
+from blip2.zero_shot import Classifier, How
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
 ENCODED = {"cpu": 16, "mps": 16, "cuda": 64}  # images in one pass of the encoder
@@ -150,10 +151,9 @@ class Blip2:
         if stream:
             return self._stream(features, words, decoding, details or choice.chooses, counts)
         found = self.write(features, [words] * len(counts), decoding, batch_size, counts)
-        if choice.chooses or (details and can_judge(self) and len(counts) == len(features)):
-            found = judged(self, features, counts, found)
         count = options.get("num_captions", 1)
-        return unwrap(present(choice.kept(found, count), details, count), single)
+        kept = choice.kept(judged(self, features, counts, found, choice, details), count)
+        return unwrap(present(kept, details, count), single)
 
     def ask(
         self,
@@ -183,6 +183,7 @@ class Blip2:
         features, counts = grouped(self.encode, images)
         features, counts, asked = pair(features, counts, asked)
         prompts = [self.config.prompts.question.format(sentence(question)) for question in asked]
+        features = self.heeding(features, asked, counts)
         if choices is not None:
             if stream or options:
                 named = "stream" if stream else next(iter(options))
@@ -213,24 +214,14 @@ class Blip2:
         itm = probability(match_all(self.bridge, features.patches, ids), self.calibration)  # (N, M)
         return Matches(itm, itc)
 
-    def classify(
-        self,
-        images: Images,
-        labels: Sequence[str],
-        *,
-        templates: Sequence[str] | None = None,
-        by: By = "itc",
-        details: bool = False,
-    ) -> Any:
-        """Which of the labels each image shows, without being trained on them.
+    def classify(self, images: Images, labels: Sequence[str], *, details: bool = False, **how: Unpack[How]) -> Any:
+        """Which of the labels each image shows, without being trained on them: a label for one image, a list for a list.
 
         Args:
-            templates, by: see `zero_shot.Classifier`, which also keeps the labels for more images.
             details: give `Classification`s with the scores of all labels.
-        Returns:
-            A label for one image, a list for a list.
+            how: `templates` and `by`, see `zero_shot.Classifier.of`, which keeps labels for more images.
         """
-        found = Classifier.of(self, labels, templates, by).classify(images)
+        found = Classifier.of(self, labels, **how).classify(images)
         return unwrap(found if details else [each.best for each in found], not is_list(images))
 
     @torch.inference_mode()
@@ -297,6 +288,17 @@ class Blip2:
             raise PromptError("an empty text cannot be matched or embedded")
         read = [plain(text) for text in texts] if self.config.plain_texts else texts
         return self.text_tokenizer.batch(read, min(TEXT_LENGTH, self.config.qformer.positions)).to(self.device)
+
+    @torch.inference_mode()
+    def heeding(self, features: ImageFeatures, questions: Sequence[str], counts: Sequence[int]) -> ImageFeatures:
+        """Features for prompts that ask: of a model that is `question_aware` their queries read the questions too.
+
+        Args:
+            features: of all prompts' images, in order; `counts` is how many each has.
+        """
+        if not self.config.question_aware:
+            return features
+        return heeded(self.bridge, features, self.text_ids(each_image(questions, counts)))
 
     def unread(self, text: str) -> int:
         """How many tokens of a text lie beyond those that are matched or embedded."""
@@ -380,11 +382,8 @@ class Blip2:
         Raises:
             PromptError: fewer than two choices, or an empty one.
         """
-        if isinstance(choices, str) or len(choices) < 2 or not all(choice.strip() for choice in choices):
-            raise PromptError(f"give a list of at least two choices, none of them empty, not {choices!r}")
         language, tokenizer = self.writer()
-        ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
-        ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"
+        ids = tokenizer.choices(choices)
         asked = self._asked(features, prompts, max(map(len, ids)), counts or [1] * len(prompts))
         embeds, lengths, past = asked.prefix()
         scores = generate.rank(language, embeds, lengths, ids, past)  # (N, C)

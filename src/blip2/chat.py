@@ -42,7 +42,8 @@ class Chat:
             raise PromptError("the question is empty")
         decoding = Decoding.of(options, num_beams=BEAMS)
         self._make_room(question, decoding.max_new_tokens)
-        answer = self.model.write(self.features, [self._prompt(question)], decoding)[0][0].text
+        features = self.model.heeding(self.features, [question], [1])
+        answer = self.model.write(features, [self._prompt(question)], decoding)[0][0].text
         self.turns.append((question, answer))
         return answer
 

@@ -78,15 +78,15 @@ class Choice:
         return -1.0 if worth is None else worth  # an empty text fits nothing
 
 
-def can_judge(model: Blip2) -> bool:
-    """Whether a model matches texts with images."""
-    return model.text_tokenizer is not None and model.bridge.heads is not None
-
-
 def judged(
-    model: Blip2, features: ImageFeatures, counts: Sequence[int], rows: Sequence[Sequence[Generation]]
+    model: Blip2,
+    features: ImageFeatures,
+    counts: Sequence[int],
+    rows: list[list[Generation]],
+    choice: Choice,
+    details: bool,
 ) -> list[list[Generation]]:
-    """Captions with how well each fits its own image.
+    """Captions with how well each fits its own image, where it is wanted: to choose, or as a detail if it can be told.
 
     Args:
         features: of N images.
@@ -95,7 +95,10 @@ def judged(
     Raises:
         ConfigError: the model does not match, or a prompt has several images.
     """
-    if len(counts) != len(features):
+    several = len(counts) != len(features)
+    if not choice.chooses and (not details or several or not _matches(model)):
+        return rows
+    if several:
         raise ConfigError(
             "captions of several images together cannot be matched with one: leave best_of and threshold out"
         )
@@ -110,6 +113,10 @@ def judged(
         return dataclasses.replace(text, match=itm, cosine=itc)
 
     return [[with_fit(text) for text in row] for row in rows]
+
+
+def _matches(model: Blip2) -> bool:
+    return model.text_tokenizer is not None and model.bridge.heads is not None
 
 
 @torch.inference_mode()

@@ -221,6 +221,7 @@ class Blip2Config(Strict):
         plain_texts: texts are matched in lower case and without a final dot, as this model's training read captions.
         vocabulary: how many of the language model's tokens are written, `vocabulary.safetensors` says which; all where
             None.
+        question_aware: a question is read by the Q-Former too, beside the queries, so that they look where it asks.
     """
 
     vision: VisionConfig | PartConfig = dataclasses.field(default_factory=VisionConfig)
@@ -235,6 +236,7 @@ class Blip2Config(Strict):
     vocabulary: int | None = None
     prompts: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     captions: CaptionConfig = dataclasses.field(default_factory=CaptionConfig)
+    question_aware: bool = False
     format: int = FORMAT_VERSION
 
     def replace(self, **changes: Any) -> Blip2Config:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from blip2.blip2 import Blip2
 
 By: TypeAlias = Literal["itc", "itm"]
+
+
+class How(TypedDict, total=False):
+    """Keywords of `Blip2.classify`; each is explained in `Classifier.of`."""
+
+    templates: Sequence[str] | None
+    by: By
+
 
 TEMPLATES = (
     "{}",
@@ -66,6 +74,7 @@ class Classifier:
         """Read the labels in every template.
 
         Args:
+            by: see `Classifier`.
             templates: sentences with `{}` where the label stands (`a {}` becomes `an {}` before a vowel); see
                 `own_templates` where None.
         Raises:

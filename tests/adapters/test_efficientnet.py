@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2 import adapters
-from blip2.adapters.efficientnet import SURE, EfficientNetLite, class_names, load
+from blip2.adapters.efficientnet import MAP_RMS, POOLED_RMS, SURE, EfficientNetLite, class_names, load
 from blip2.adapters.parts import require
 from blip2.config import PartConfig
 from blip2.errors import ConfigError, ImageError
@@ -111,15 +111,34 @@ def test_class_tokens_say_which_class_and_how_sure_through_a_layer_norm(
 
 
 def test_prototypes_are_what_a_sure_encoder_would_say(encoder: EfficientNetLite) -> None:
-    names, patches = encoder.prototypes()
-    assert len(names) == len(patches) == 1000
-    assert patches.shape[1:] == (encoder.tokens, 1280)
-    assert not patches[:, :-5].any()
+    every = list(range(1000))
+    assert encoder.classes == len(class_names()) == 1000
+    patches = encoder.prototypes(every, [0] * 1000)
+    assert patches.shape == (1000, encoder.tokens, 1280)
     likeliest = F.layer_norm(patches[:, -5], (1280,)) @ encoder._rows.T
     torch.testing.assert_close(likeliest.argmax(-1), torch.arange(1000))
     assert list(SURE) == sorted(SURE, reverse=True)
     assert sum(SURE) < 1
     torch.testing.assert_close(patches[:, -5:].square().mean(-1).sqrt(), torch.ones(1000, 5), rtol=0, atol=0.06)
+
+
+def test_the_classifier_knows_the_class_of_a_prototype_by_its_pooled_feature_and_by_its_map(
+    encoder: EfficientNetLite,
+) -> None:
+    every = list(range(0, 1000, 7))
+    patches = encoder.prototypes(every, [3] * len(every))
+    for feature in (patches[:, 0] * POOLED_RMS, patches[:, 1:26].mean(1) * MAP_RMS):
+        assert (feature >= 0).all()
+        right = encoder._probabilities(feature).argmax(-1) == torch.tensor(every)
+        assert right.float().mean() > 0.9
+    assert patches[:, :26].square().mean().sqrt() == pytest.approx(0.93, abs=0.1)  # a picture's is about 1
+
+
+def test_a_prototype_is_the_same_for_the_same_draw_whatever_stands_beside_it(encoder: EfficientNetLite) -> None:
+    together = encoder.prototypes([5, 9, 5], [0, 1, 1])
+    assert torch.equal(together[1:2], encoder.prototypes([9], [1]))
+    assert not torch.equal(together[0, :26], together[2, :26])
+    assert torch.equal(together[0, 26:], together[2, 26:])
 
 
 def test_the_names_stand_in_the_order_of_the_classifier(encoder: EfficientNetLite) -> None:

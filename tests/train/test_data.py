@@ -180,13 +180,15 @@ def test_several_texts_of_a_picture_are_distinct_captions_and_questions_of_every
     assert all(kinds[kind] / kinds.total() == pytest.approx(1 / 3, abs=0.1) for kind in kinds)
 
 
-def test_views_are_drawn_evenly_and_prototypes_have_one():
+def test_views_are_drawn_evenly_and_a_prototype_has_another_each_epoch():
     classes = [Sample(f"c{n}", Prototype(n), ("a thing",)) for n in range(50)]
     mixture = Mixture([(make_samples(300), 1.0), (classes, 1.0)], seed=0, views=3)
     draws = [draw for step in range(30) for draw in mixture.draw(step, 20)]
     pictures = Counter(draw.view for draw in draws if draw.source == 0)
     assert all(pictures[view] == pytest.approx(100, abs=30) for view in range(3))
-    assert {draw.view for draw in draws if draw.source == 1} == {0}
+    prototypes = [(draw.sample, draw.view) for draw in draws if draw.source == 1]
+    assert len(set(prototypes)) == len(prototypes) == 300
+    assert {view for _, view in prototypes} == set(range(6))
 
 
 @pytest.mark.parametrize(

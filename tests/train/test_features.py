@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,10 +294,14 @@ def test_progress_counts_all_views(tmp_path: Path):
 
 def test_prototypes_stand_in_for_pictures_of_classes():
     samples = [Sample(f"c{n}", Prototype(n), ("x",)) for n in (4, 1)]
-    prototypes = torch.arange(5 * 2 * 3).reshape(5, 2, 3).float()
-    features = PrototypeFeatures(prototypes, samples)
-    assert torch.equal(features.patches([1, 0, 1], [0, 0, 0]), prototypes[[1, 4, 1]].half())
+
+    def draw(classes: Sequence[int], draws: Sequence[int]) -> Tensor:
+        return torch.tensor([*zip(classes, draws, strict=True)])[:, None].float()
+
+    features = PrototypeFeatures(draw, 5, samples)
+    assert features.patches([1, 0, 1], [7, 8, 9]).tolist() == [[[1, 7]], [[4, 8]], [[1, 9]]]
+    assert features.patches([0], [0]).dtype == torch.float16
     with pytest.raises(DataError, match="'c9': class 9 of an encoder with 5"):
-        PrototypeFeatures(prototypes, [Sample("c9", Prototype(9), ("x",))])
+        PrototypeFeatures(draw, 5, [Sample("c9", Prototype(9), ("x",))])
     with pytest.raises(DataError, match="'p' has a picture"):
-        PrototypeFeatures(prototypes, [Sample("p", ImageRef(Path("p")), ("x",))])
+        PrototypeFeatures(draw, 5, [Sample("p", ImageRef(Path("p")), ("x",))])

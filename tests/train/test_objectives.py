@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blip2.config import Blip2Config, QFormerConfig, VisionConfig
+from blip2.config import Blip2Config, PartConfig, QFormerConfig, VisionConfig
 from blip2.model.bridge import Bridge
-from blip2.train.objectives import Batch, Stage1, thinned
+from blip2.train.objectives import Batch, Stage1, Stage2, thinned
 
 QFORMER = QFormerConfig(
     width=16, layers=2, heads=2, mlp_width=32, queries=4, encoder_width=12, vocab_size=40, positions=16, decoder_id=39,
@@ -182,3 +182,46 @@ def test_a_step_of_training_does_not_see_all_patches(bridge: Bridge, batch: Batc
     assert objective(batch, 0)["itc"] != whole
     bridge.eval()
     torch.testing.assert_close(objective(batch, 0)["itc"], whole)
+
+
+def test_a_question_s_text_is_read_after_queries_that_heed_it_and_a_caption_s_after_plain_ones(
+    batch: Batch,
+):
+    class Echo(torch.nn.Module):
+        """Keeps the prefixes that it is given."""
+
+        width, vocab_size = 20, 9
+
+        def embed(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(*ids.shape, 20)
+
+        def log_probs(self, embeds: torch.Tensor, *rest: object) -> torch.Tensor:
+            self.embeds, self.alike = embeds, rest[-1]
+            return embeds.sum(-1)[:, :2]
+
+    torch.manual_seed(0)
+    language, bridge = Echo(), Bridge(CONFIG.replace(language=PartConfig("echo", Echo.width), question_aware=True))
+    objective = Stage2(bridge, language, bos=None)  # type: ignore[arg-type]
+    owners = torch.tensor([0, 0, 2])
+    questions = torch.zeros(3, 7, dtype=torch.int64)
+    questions[1], questions[2, :4] = batch.ids[0], batch.ids[1, :4]
+    texts = {"owners": owners, "prompts": ((), (), ()), "targets": torch.zeros(3, 2, dtype=torch.int64)}
+    objective(Batch(batch.images, batch.image_ids, batch.ids, questions=questions, **texts), seed=0)
+
+    sight = bridge.see(batch.images)
+    plain = bridge.project(bridge.look(sight).hidden)
+    heeding = bridge.project(bridge.heed(sight, owners[1:], questions[1:]))
+    torch.testing.assert_close(language.embeds, torch.cat([plain[:1], heeding]))
+    assert language.alike[0].tolist() == [0, 1, 2], "prefixes of one picture differ"
+    objective(Batch(batch.images, batch.image_ids, batch.ids, **texts), seed=0)
+    torch.testing.assert_close(language.embeds, plain[owners])
+    assert torch.equal(language.alike[0], owners)
+
+
+def test_captions_of_one_picture_share_a_prefix_and_questions_have_their_own(bridge: Bridge, batch: Batch):
+    objective = Stage2(bridge, None, bos=None)  # type: ignore[arg-type]
+    questions = torch.zeros(7, 7, dtype=torch.int64)
+    questions[[2, 3, 6]] = batch.ids[0]
+    owners = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    mixed = Batch(batch.images, batch.image_ids, batch.ids, owners=owners, questions=questions)
+    assert objective._alike(mixed).tolist() == [0, 0, 1, 2, 3, 3, 4]

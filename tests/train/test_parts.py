@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ def test_the_encoder_is_in_its_place_before_anything_asks_it(shapes: Path, tmp_p
             calls.append("to")
             return super().to(*args, **kwargs)
 
-        def prototypes(self) -> tuple[list[str], Tensor]:
+        def prototypes(self, classes: Sequence[int], draws: Sequence[int]) -> Tensor:
             calls.append("prototypes")
-            return super().prototypes()
+            return super().prototypes(classes, draws)
 
         def forward(self, pixels: Tensor) -> Tensor:
             calls.append("forward")
@@ -64,11 +65,12 @@ def test_the_encoder_is_in_its_place_before_anything_asks_it(shapes: Path, tmp_p
     names.write_text("".join(json.dumps({"class": n, "names": [c]}) + "\n" for n, c in enumerate(tiny.COLOURS)))
     data = [{"path": str(names), "format": "classes"}, {"path": str(shapes)}]
     encoder = Watched()
-    assemble(
+    job = assemble(
         data if classes_first else data[::-1],
         dataclasses.replace(tiny.parts(), encoder=lambda: encoder),
         features={"cache": str(tmp_path / "features")},
     )
+    job.batches(0)
     assert calls.index("to") == 0
     assert calls.count("to") == 1
     assert {"prototypes", "forward"} <= set(calls)

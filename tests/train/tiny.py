@@ -9,6 +9,7 @@ import csv
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,12 @@ class TinyEncoder(nn.Module):
         place = self.place.expand(len(patches), -1, -1)
         return torch.cat([patches, place], dim=2) @ self.mix
 
-    def prototypes(self) -> tuple[list[str], Tensor]:
-        """A picture full of each colour, in the place of a classifier's rows: names, and float[C, P, D]."""
-        full = [Image.new("RGB", (SIDE, SIDE), colour) for colour in COLOURS]
-        return list(COLOURS), self(image.Transform(SIDE, self.mean, self.std)(full))
+    classes = len(COLOURS)
+
+    def prototypes(self, classes: Sequence[int], draws: Sequence[int]) -> Tensor:  # noqa: ARG002 (all draws are one)
+        """A picture full of each class's colour, in the place of a classifier's rows: float[B, P, D]."""
+        full = [Image.new("RGB", (SIDE, SIDE), tuple(COLOURS)[which]) for which in classes]
+        return self(image.Transform(SIDE, self.mean, self.std)(full))
 
 
 class TinyLanguage(nn.Module):

@@ -6,6 +6,7 @@ Letters: B images, P tokens, G side of the pooled map, D width, C classes, K cla
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ POOLED_RMS = 0.373
 MAP_RMS = 0.460
 # The mean five highest probabilities of those pictures that the classifier is sure of (the highest above 0.5).
 SURE = (0.706, 0.058, 0.021, 0.012, 0.008)
+# A channel's value before its ReLU in pictures that the classifier is as sure of: its mean, what a class adds (times
+# the class's row), what all else about the picture does, and what a cell of the map differs by.
+CHANNEL, OF_CLASS, OF_PICTURE, OF_CELL = 0.20, 0.14, 0.28, 0.27
 
 
 class EfficientNetLite(nn.Module):
@@ -98,22 +102,38 @@ class EfficientNetLite(nn.Module):
         """The classifier's own opinion: float[B, 3, 260, 260] to float32[B, 1000], in the order of `class_names`."""
         return self._probabilities(self._maps(pixels).mean((2, 3)))
 
-    def prototypes(self) -> tuple[list[str], Tensor]:
-        """What the encoder would say of each class if it were sure of it and saw nothing else.
+    @property
+    def classes(self) -> int:
+        """Number of classes that there are prototypes of, C."""
+        return len(self._rows)
 
-        These are training pairs that cost no picture. The pooled feature and the map are zero, which no picture's
-        are; the class tokens are the class and its four nearest neighbours by the cosine of their rows, with the
-        probabilities that the classifier has for pictures that it is sure of.
+    def prototypes(self, classes: Sequence[int], draws: Sequence[int]) -> Tensor:
+        """What the encoder might say of pictures of some classes, if it were sure of them.
 
+        These are training pairs that cost no picture. The pooled feature and the map are the class's row, by which
+        the classifier would know it, among noise as large as all else that pictures differ in; the class tokens are
+        the class and its four nearest neighbours by the cosine of their rows, with the probabilities that the
+        classifier has for pictures that it is sure of.
+
+        Args:
+            classes: B places in `class_names()`.
+            draws: B numbers; the noise is the same for the same class and number.
         Returns:
-            `class_names()`, and float[1000, 1 + G * G + 5, 1280].
+            float[B, 1 + G * G + 5, 1280].
         """
-        rows = F.normalize(self._rows.float(), dim=1)
-        nearest = (rows @ rows.T).topk(TOP_CLASSES).indices  # (C, K), the class itself first
-        sureness = torch.tensor(SURE, device=rows.device).expand(len(rows), -1)
-        classes = self._class_tokens(sureness, nearest)
-        nothing = classes.new_zeros(len(rows), self.tokens - TOP_CLASSES, WIDTH)
-        return class_names(), torch.cat([nothing, classes], 1)
+        which = torch.tensor(classes, device=self._rows.device)
+        cosines = F.normalize(self._rows[which].float(), dim=1) @ F.normalize(self._rows.float(), dim=1).T
+        sureness = torch.tensor(SURE, device=which.device).expand(len(which), -1)
+        tokens = self._class_tokens(sureness, cosines.topk(TOP_CLASSES).indices)  # (B, K, D), the class itself first
+        noise = torch.stack([self._noise(*pair) for pair in zip(classes, draws, strict=True)]).to(tokens)
+        shared = CHANNEL + OF_CLASS * self._rows[which] + OF_PICTURE * noise[:, 0]  # (B, D)
+        cells = shared[:, None] + OF_CELL * noise[:, 1:]
+        return torch.cat([shared[:, None].relu() / POOLED_RMS, cells.relu() / MAP_RMS, tokens], 1)
+
+    def _noise(self, which: int, draw: int) -> Tensor:
+        """float32[1 + G * G, D]: of the picture, and of each cell."""
+        generator = torch.Generator().manual_seed(draw * len(self._rows) + which)
+        return torch.randn(1 + self.grid**2, WIDTH, generator=generator)
 
     def _maps(self, pixels: Tensor) -> Tensor:
         if pixels.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):

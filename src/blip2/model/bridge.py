@@ -29,6 +29,11 @@ class Bridge(nn.Module):
             raise ConfigError(
                 f"qformer.encoder_width is {config.qformer.encoder_width}, the image encoder's is {config.vision.width}"
             )
+        if config.question_aware and not config.qformer.text:
+            raise ConfigError(
+                "question_aware: this Q-Former has no text side to read a question with (qformer.text is false); start "
+                "from a model that has one, or leave it out"
+            )
         self.config = config
         self.vision_norm = nn.LayerNorm(config.vision.width, config.vision_norm_eps)
         self.qformer = QFormer(config.qformer)
@@ -79,8 +84,19 @@ class Bridge(nn.Module):
         return self._by_length(ids, lambda rows, group: self._match(sight, images[rows], group))
 
     def _match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
-        hidden = self.qformer.join(sight, ids, images, wanted=self.config.qformer.queries)  # (B, Q, D)
-        return self._heads.itm_head(hidden).float().mean(1)
+        return self._heads.itm_head(self._joined(sight, images, ids)).float().mean(1)
+
+    def heed(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
+        """Queries that read images beside a question: hidden states float[B, Q, D], for `project`.
+
+        Args:
+            sight, images, ids: as of `match`, the text being the question.
+        Source: BLIP-2, section 4.3.
+        """
+        return self._by_length(ids, lambda rows, group: self._joined(sight, images[rows], group))
+
+    def _joined(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:
+        return self.qformer.join(sight, ids, images, wanted=self.config.qformer.queries)  # (B, Q, D)
 
     def match_all(self, sight: Sight, ids: Tensor, texts: int = GROUP) -> Tensor:
         """The matching head on every image with every text: no image's keys are copied for its texts.

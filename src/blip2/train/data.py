@@ -37,7 +37,7 @@ class Draw:
         source, sample: positions in the mixture.
         caption: position among the sample's captions, the one that stage 1 learns from; None where it has none.
         captions, questions: positions of what the language model learns to write (stage 2).
-        view: 0 for the plain picture, from 1 on the augmented ones.
+        view: 0 for the plain picture, from 1 on the augmented ones; of a prototype the epoch.
     """
 
     source: int
@@ -58,7 +58,7 @@ class Mixture:
         sources: samples and weight of each; weights are shares of the batch, in any unit.
         questions: share of the texts of samples with questions that ask one; without captions all of them do.
         texts: how many of a picture the language model learns from at once, fewer where it has no more.
-        views: how many views of a picture there are, drawn evenly; prototypes have one.
+        views: how many views of a picture there are, drawn evenly; a prototype has another at each epoch.
     Raises:
         DataError: no source, an empty one, or a weight, share or number of views out of range.
     """
@@ -138,7 +138,7 @@ class Mixture:
             caption=start % len(sample.captions) if sample.captions else None,
             captions=tuple((start + number) % len(sample.captions) for number in range(told)),
             questions=questions,
-            view=0 if isinstance(sample.image, Prototype) else draw_seed(*key, "view") % self.views,
+            view=epoch if isinstance(sample.image, Prototype) else draw_seed(*key, "view") % self.views,
         )
 
     def _order(self, source: int, epoch: int, most: int) -> NDArray[np.int64]:
@@ -197,12 +197,14 @@ class Texts:
     Attributes:
         qformer: tokenizer of the Q-Former's text (stage 1); None where nothing reads it.
         language: tokenizer of the language model (stage 2); None in stage 1.
+        questions: tokenizer of the Q-Former where it reads questions too; None elsewhere.
         prefix_lm: a caption is cut at random, its first words join the prompt: for encoder-decoders.
         max_length: most ids of a Q-Former text; and of a target.
     """
 
     qformer: Tokenizer | None = None
     language: Tokenizer | None = None
+    questions: Tokenizer | None = None
     prompts: PromptConfig = field(default_factory=PromptConfig)
     prefix_lm: bool = False
     max_length: int = 32
@@ -216,6 +218,17 @@ class Texts:
         asked = [sample.questions[place] for place in draw.questions]
         told = [self._told(sample.captions[place], (*key, place)) for place in draw.captions]
         return [*told, *((self.prompts.question.format(question), answer) for question, answer in asked)]
+
+    def asked(self, sample: Sample, draw: Draw) -> list[str]:
+        """The question of each of `pairs`, empty for a caption."""
+        return [*("" for _ in draw.captions), *(sample.questions[place][0] for place in draw.questions)]
+
+    def ids_of_questions(self, questions: Sequence[str]) -> Tensor:
+        """Q-Former tokens int64[R, T], a row of padding for an empty question; (0, 0) where it reads none."""
+        if self.questions is None:
+            return torch.empty(0, 0, dtype=torch.int64)
+        ids = self.questions.encode([plain(question) for question in questions], self.max_length)
+        return pad([row if question else [] for row, question in zip(ids, questions, strict=True)], self.questions.pad)
 
     def _told(self, caption: str, key: tuple[object, ...]) -> tuple[str, str]:
         prompt, words = self.prompts.caption, plain(caption).split(" ")
@@ -299,7 +312,9 @@ class Batches(Dataset[Batch]):
         ][own]
         owners = torch.tensor([row for row, texts in enumerate(pairs) for _ in texts])
         prompts, targets = self.texts.tokenize([pair for texts in pairs for pair in texts])
-        return Batch(images=images, image_ids=image_ids, ids=ids, owners=owners, prompts=prompts, targets=targets)
+        rows = zip(samples[own], everyone[own], strict=True)
+        questions = self.texts.ids_of_questions([text for row in rows for text in self.texts.asked(*row)])
+        return Batch(images, image_ids, ids, owners, prompts, targets, questions)
 
     def _pictures(self, draws: Sequence[Draw]) -> Tensor:
         """Images of the rows, float32, each source asked once."""

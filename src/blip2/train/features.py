@@ -119,25 +119,28 @@ class PrototypeFeatures:
     """Class prototypes in the place of pictures' features.
 
     Args:
-        prototypes: float[C, P, D], the encoder's, one a class.
+        draw: the encoder's `prototypes`: classes and the numbers of their views, to float[B, P, D].
+        count: of the encoder's classes.
         samples: all with a `Prototype` for image.
     Raises:
         DataError: a sample has a picture, or names a class that the encoder does not have.
     """
 
-    def __init__(self, prototypes: Tensor, samples: Sequence[Sample]) -> None:
-        classes: list[int] = []
+    def __init__(
+        self, draw: Callable[[Sequence[int], Sequence[int]], Tensor], count: int, samples: Sequence[Sample]
+    ) -> None:
+        self._draw = draw
+        self._classes: list[int] = []
         for sample in samples:
             if not isinstance(sample.image, Prototype):
                 raise DataError(f"{sample.id!r} has a picture; prototypes stand for classes only")
-            if not 0 <= sample.image.index < len(prototypes):
-                raise DataError(f"{sample.id!r}: class {sample.image.index} of an encoder with {len(prototypes)}")
-            classes.append(sample.image.index)
-        self._prototypes = prototypes[classes].half()
+            if not 0 <= sample.image.index < count:
+                raise DataError(f"{sample.id!r}: class {sample.image.index} of an encoder with {count}")
+            self._classes.append(sample.image.index)
 
-    def patches(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:  # noqa: ARG002 (a class has one view)
-        """float16[B, P, D]."""
-        return self._prototypes[list(rows)]
+    def patches(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
+        """float16[B, P, D]; a class has any number of views."""
+        return self._draw([self._classes[row] for row in rows], views).half().cpu()
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Batch:
         image_ids: int64[B]; equal where the image is the same, so that it is no negative of itself.
         ids: int64[B, T] Q-Former tokens, [CLS] .. [SEP], right-padded; (B, 0) where only stage 2 reads the batch.
         owners: int64[R], the row that each text of the language model is about, in order; empty in stage 1.
+        questions: int64[R, T''], Q-Former tokens of the question that each of them answers, a row of padding for a
+            caption; (0, 0) where the Q-Former reads no questions.
         prompts: R tuples of language-model ids that stand after the queries; empty in stage 1.
         targets: int64[R, T'] language-model ids to predict, right-padded with -100; (0, 0) in stage 1.
     """
@@ -46,12 +48,13 @@ class Batch:
     owners: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     prompts: tuple[tuple[int, ...], ...] = ()
     targets: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    questions: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; the prompts stay lists."""
         move = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("images", "image_ids", "ids", "owners", "targets")
+            for name in ("images", "image_ids", "ids", "owners", "targets", "questions")
         }
         return Batch(prompts=self.prompts, **move)
 
@@ -268,15 +271,37 @@ class Stage2(nn.Module):
             patches = thinned(patches, self.patch_dropout)
         sight = self.bridge.see(patches)
         look = self.bridge.look(sight)
-        visual = self.bridge.project(look.hidden)  # (B, Q, Dl)
+        visual = self._visual(look, sight, batch)  # (R, Q, Dl)
         layout = self.bridge.config.prompts.visual
-        embeds, lengths = prefix.build(self.language, visual[batch.owners], batch.prompts, self.bos, layout)
-        alike = batch.owners, visual.shape[1] + (self.bos is not None)  # one picture's prefixes, up to the prompt
+        embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
+        alike = self._alike(batch), visual.shape[1] + (self.bos is not None)  # what stands before the prompts
         log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, alike)  # (R, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.keep is not None:
             losses |= self.keep.losses(look, sight, patches, batch, seed)
         return losses
+
+    def _visual(self, look: Look, sight: Sight, batch: Batch) -> Tensor:
+        """What the language model reads before each text: of queries beside the question where they heed one."""
+        if not batch.questions.numel():
+            return self.bridge.project(look.hidden)[batch.owners]
+        asked = self._asked(batch).nonzero()[:, 0]
+        heeding = self.bridge.project(self.bridge.heed(sight, batch.owners[asked], batch.questions[asked]))
+        if len(asked) == len(batch.owners):
+            return heeding
+        return self.bridge.project(look.hidden)[batch.owners].index_copy(0, asked, heeding)
+
+    def _asked(self, batch: Batch) -> Tensor:
+        """bool[R]: texts that answer a question which the Q-Former reads."""
+        return self.bridge.qformer.real(batch.questions).any(1)
+
+    def _alike(self, batch: Batch) -> Tensor:
+        """int64[R], not falling: equal where rows have the same queries before them, as captions of one picture do."""
+        if not batch.questions.numel():
+            return batch.owners
+        asked = self._asked(batch)
+        other = batch.owners[1:] != batch.owners[:-1]
+        return F.pad((other | asked[1:] | asked[:-1]).cumsum(0), (1, 0))
 
 
 def encode(encoder: ImageEncoder | None, images: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         raise ConfigError("stage 2 needs a language model; name one under model.language")
     if _reads_texts(recipe) and not config.heads:
         raise ConfigError("model.heads: false, and the losses of stage 1 are computed by them; leave it out, or keep=0")
-    if _reads_texts(recipe) and recipe.text_length > config.qformer.positions:
+    if (_reads_texts(recipe) or config.question_aware) and recipe.text_length > config.qformer.positions:
         raise ConfigError(
             f"text_length: {recipe.text_length} is more than the Q-Former's text has positions, "
             f"{config.qformer.positions}; lower it, or raise model.qformer.positions"
@@ -169,6 +169,7 @@ def make_texts(recipe: Recipe, config: Blip2Config, parts: Parts) -> Texts:
     return Texts(
         qformer=parts.text().tokenizer if _reads_texts(recipe) else None,
         language=tokenizer,
+        questions=parts.text().tokenizer if config.question_aware and recipe.stage == 2 else None,
         prompts=config.prompts,
         prefix_lm=prefix_lm,
         max_length=recipe.text_length,
@@ -202,7 +203,7 @@ def read_data(
         samples = [samples[number * len(samples) // limit] for number in range(limit)]
     encoder = parts.encoder()
     if all(isinstance(sample.image, Prototype) for sample in samples):
-        return Data(samples, PrototypeFeatures(_prototypes(encoder), samples).patches)
+        return Data(samples, _prototypes(encoder, samples).patches)
     settings = encoder.image_size, encoder.mean, encoder.std
     transform, augment = image.Transform(*settings), image.RandomView(*settings)
     features = recipe.features
@@ -303,11 +304,11 @@ def _frozen(part: _Part, device: torch.device, half: torch.dtype) -> _Part:
     return part
 
 
-def _prototypes(encoder: Any) -> Tensor:
-    """float[C, P, D]: what the encoder's classifier holds each class to look like."""
+def _prototypes(encoder: Any, samples: list[Sample]) -> PrototypeFeatures:
+    """What the encoder's classifier holds classes to look like."""
     if not hasattr(encoder, "prototypes"):
         raise ConfigError("data of format `classes` need an image encoder with a classifier, which this one has not")
-    return encoder.prototypes()[1].cpu()  # their names stand first
+    return PrototypeFeatures(encoder.prototypes, encoder.classes, samples)
 
 
 def _language(part: PartConfig) -> tuple[LanguageModel, Tokenizer]:
