@@ -215,7 +215,7 @@ class Blip2:
         return Matches(itm, itc)
 
     def classify(self, images: Images, labels: Sequence[str], *, details: bool = False, **how: Unpack[How]) -> Any:
-        """Which of the labels each image shows, without being trained on them: a label for one image, a list for a list.
+        """Which of the labels each image shows, without training: a label for one image, a list for a list.
 
         Args:
             details: give `Classification`s with the scores of all labels.

@@ -19,6 +19,7 @@ from blip2.cli import (
     dedupe,
     embed,
     evaluate,
+    filter,
     index,
     info,
     match,
@@ -68,6 +69,7 @@ app.command()(ask.chat)
 app.command()(match.match)
 app.command()(classify.classify)
 app.command()(calibrate.calibrate)
+app.command()(filter.filter)
 app.command()(embed.embed)
 app.command()(index.index)
 app.command()(search.search)

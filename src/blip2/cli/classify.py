@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blip2.cli.console import TASK, note, open_model, progress, result, result_json
-from blip2.cli.options import AutoBatch, Calibrated, Device, Dtype, Json, Model, Paths, Quantize
+from blip2.cli.options import AutoBatch, Calibrated, Device, Dtype, FitBy, Json, Model, Paths, Quantize
 from blip2.errors import PromptError
 
 if TYPE_CHECKING:
     from blip2.batching import BatchSize
     from blip2.zero_shot import Classifier
-
-
-class By(StrEnum):
-    itc = "itc"
-    itm = "itm"
 
 
 def classify(
@@ -40,7 +34,7 @@ def classify(
             show_default=False,
         ),
     ] = None,
-    by: Annotated[By, typer.Option(help="Compare vectors (itc), or ask the matching head, slowly (itm).")] = By.itc,
+    by: Annotated[FitBy, typer.Option(help="Compare vectors (itc), or ask the matching head, slowly.")] = FitBy.itc,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="How many labels to show.")] = 5,
     json: Json = False,
     model: Model = "mini",
