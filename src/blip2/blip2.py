@@ -211,8 +211,8 @@ class Blip2:
         ids = self.text_ids(rows)  # (M, T)
         vectors = self.embed_images(features).to(self.device)
         itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
-        itm = probability(match_all(self.bridge, features.patches, ids), self.calibration)  # (N, M)
-        return Matches(itm, itc)
+        logits = match_all(self.bridge, features.patches, ids)  # (N, M, 2)
+        return Matches(probability(logits, self.calibration), itc, logits[..., 1] - logits[..., 0])
 
     def classify(self, images: Images, labels: Sequence[str], *, details: bool = False, **how: Unpack[How]) -> Any:
         """Which of the labels each image shows, without training: a label for one image, a list for a list.

@@ -84,8 +84,8 @@ def judge(
 def write(folder: Path, samples: Sequence[Sample], rows: Sequence[Row], threshold: float, by: By = "itm") -> Filtered:
     """`kept.jsonl` and `dropped.jsonl` of judged samples, each whole or not at all.
 
-    A line of `kept.jsonl` is a picture with the texts that reach the threshold, as `blip2 train` reads it where pictures
-    are files; a line of `dropped.jsonl` is a text, or a picture that cannot be read, with the reason.
+    A line of `kept.jsonl` is a picture with the texts that reach the threshold, as `blip2 train` reads it where
+    pictures are files; a line of `dropped.jsonl` is a text, or a picture that cannot be read, with the reason.
 
     Args:
         rows: what `judge` gave.
@@ -101,20 +101,17 @@ def write(folder: Path, samples: Sequence[Sample], rows: Sequence[Row], threshol
             unreadable.append(row["error"])
             go.append({**place, "captions": list(sample.captions), "reason": row["error"]})
             continue
-        good = [number for number, worth in enumerate(row[by]) if worth >= threshold]
-        if good:
-            worths = {name: [row[name][number] for number in good] for name in ("itm", "itc")}
-            stay.append({**place, "captions": [sample.captions[number] for number in good], **worths})
-        for number in sorted(set(range(len(sample.captions))) - set(good)):
+        reach = [number for number, worth in enumerate(row[by]) if worth >= threshold]
+        if reach:
+            worths = {name: [row[name][number] for number in reach] for name in ("itm", "itc")}
+            stay.append({**place, "captions": [sample.captions[number] for number in reach], **worths})
+        for number in sorted(set(range(len(sample.captions))) - set(reach)):
             reason = f"{by} {row[by][number]:.3f} is below {threshold:g}"
             go.append({**place, "caption": sample.captions[number], "reason": reason})
     write_lines(folder / KEPT, stay)
     write_lines(folder / DROPPED, go)
-    return Filtered(
-        sum(len(row["captions"]) for row in stay),
-        sum(len(row.get("captions", ("one",))) for row in go),
-        tuple(unreadable),
-    )
+    kept = sum(len(row["captions"]) for row in stay)
+    return Filtered(kept, sum(len(sample.captions) for sample in samples) - kept, tuple(unreadable))
 
 
 def check_texts(samples: Sequence[Sample]) -> None:

@@ -62,10 +62,12 @@ class Matches:
     Attributes:
         itm: float[N, M], probability that the pair matches (image-text matching head).
         itc: float[N, M], cosine of the best query and the text (image-text contrastive).
+        odds: float[N, M], log-odds of a match as the head gives them, before any calibration: retrieval ranks by them.
     """
 
     itm: Tensor
     itc: Tensor
+    odds: Tensor
 
 
 @dataclass(frozen=True)

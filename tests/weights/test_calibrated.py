@@ -42,6 +42,8 @@ def test_match_uses_what_lies_beside_the_model_and_only_that(place: Path):
     raw, right = plain.match(picture, texts), found.match(picture, texts)
     torch.testing.assert_close(right.itm.logit(), raw.itm.logit() / 2 - 1, atol=1e-4, rtol=1e-4)  # float32's logit
     torch.testing.assert_close(right.itc, raw.itc, rtol=0, atol=0)
+    torch.testing.assert_close(right.odds, raw.odds, rtol=0, atol=0)
+    torch.testing.assert_close(raw.odds.sigmoid(), raw.itm, rtol=1e-5, atol=1e-6)  # a softmax of two is a sigmoid
 
 
 def test_a_calibration_elsewhere_is_taken_by_name(place: Path, tmp_path_factory: pytest.TempPathFactory):

@@ -199,7 +199,7 @@ def _tell(path: Path, rows: Sequence[Generation], details: bool) -> None:
     if details:
         result_json({"image": str(path), "captions": [{**asdict(row), "confidence": row.confidence} for row in rows]})
         return
-    told = {"caption": [row.text for row in rows], "confidence": [row.confidence for row in rows]}
+    told: dict[str, list[Any]] = {"caption": [row.text for row in rows], "confidence": [row.confidence for row in rows]}
     if all(row.match is not None for row in rows):
         told["match"] = [row.match for row in rows]
     if len(rows) == 1:

@@ -21,9 +21,7 @@ def filter(
     threshold: Annotated[
         float, typer.Option(help="What a text reaches at least: a probability, or a cosine by itc.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="A folder for what is kept and dropped.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for kept and dropped.", show_default=False)],
     by: By = FitBy.itm,
     format: Layout = "auto",
     split: Split = None,
