@@ -51,7 +51,11 @@ def test_what_reaches_the_threshold_stays_and_the_rest_has_a_reason(model: Blip2
     result = run("--by", by, "--threshold", f"{middle}")
     assert result.exit_code == 0
     assert "3 texts kept, 3 dropped, 0 pictures could not be read" in result.stderr
-    kept = {(row["id"], text): worth for row in rows("kept.jsonl") for text, worth in zip(row["captions"], row[by])}
+    kept = {
+        (row["id"], text): worth
+        for row in rows("kept.jsonl")
+        for text, worth in zip(row["captions"], row[by], strict=True)
+    }
     assert kept == pytest.approx({pair: worth for pair, worth in all_of_it.items() if worth >= middle}, abs=1e-5)
     dropped = {(row["id"], row["caption"]): row["reason"] for row in rows("dropped.jsonl")}
     assert dropped.keys() == all_of_it.keys() - kept.keys()
