@@ -17,6 +17,7 @@ from blip2.cli import app
 
 COMMANDS = (
     *("caption", "ask", "chat", "match", "explain", "embed", "index", "search", "dedupe"),
+    *("classify", "calibrate", "filter"),
     *("info", "convert", "verify", "train", "bench", "evaluate"),
 )
 EVALUATIONS = ("caption", "vqa", "gqa", "retrieval")

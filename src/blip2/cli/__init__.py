@@ -12,12 +12,15 @@ import blip2
 from blip2.cli import (
     ask,
     bench,
+    calibrate,
     caption,
+    classify,
     convert,
     dedupe,
     embed,
     evaluate,
     explain,
+    filter,
     index,
     info,
     match,
@@ -66,6 +69,9 @@ app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(match.match)
 app.command()(explain.explain)
+app.command()(classify.classify)
+app.command()(calibrate.calibrate)
+app.command()(filter.filter)
 app.command()(embed.embed)
 app.command()(index.index)
 app.command()(search.search)
