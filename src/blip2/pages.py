@@ -1,0 +1,59 @@
+"""Pages of mapped files that were read and are not needed now: given back, the system reads them again if they are.
+
+Without it, every page of a checkpoint that was read counts as this process's memory until the file is closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+_SMAPS = Path(
+    "/proc/self/smaps"
+)  # a line for each mapping, of addresses, rights, offset, device, inode, file; then fields
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) .{4} \S+ \S+ (\d+)\s")
+
+
+def release(tensor: Tensor) -> None:
+    """Give back the pages of a tensor that lies in a mapped file and was not written to: what was written is lost."""
+    advise = _madvise()
+    if advise is None or not tensor.is_contiguous():
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it alone
+    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def release_unwritten(tensor: Tensor) -> None:
+    """As `release`, of any tensor: only what lies in a mapped file of which no page was written to goes."""
+    if _madvise() is not None and tensor.device.type == "cpu" and _is_unwritten(tensor.data_ptr()):
+        release(tensor)
+
+
+def _is_unwritten(address: int) -> bool:
+    """Whether an address is in a file's mapping that is as the file is."""
+    inside = False
+    with _SMAPS.open() as lines:
+        for line in lines:
+            if mapping := _MAPPING.match(line):
+                low, high = (int(mapping[each], 16) for each in (1, 2))
+                inside = low <= address < high
+                if inside and mapping[3] == "0":  # no file
+                    return False
+            elif inside and line.startswith("Anonymous:"):  # pages that were written to are copies of the file's
+                return line.split()[1] == "0"
+    return False
+
+
+@functools.cache
+def _madvise() -> Callable[..., int] | None:
+    """The system's call; None where there is none."""
+    return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
