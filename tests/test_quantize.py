@@ -240,6 +240,13 @@ def test_a_head_of_few_or_all_words_is_coarse_and_its_embeddings_are_not():
     assert torch.equal(model.words.weight, words)
 
 
+def test_a_head_of_pieces_is_the_head_in_one_piece(monkeypatch: pytest.MonkeyPatch):
+    words, hidden = linear(150, 64).weight, activations(3)[:, :64]
+    whole = quantize._int8_head(words, CPU)(hidden)
+    monkeypatch.setattr(quantize, "HEAD_AT_ONCE", 64 * 40)
+    assert torch.equal(quantize._int8_head(words, CPU)(hidden), whole)
+
+
 def test_only_linear_layers_in_blocks_become_coarse():
     module = nn.ModuleDict({"head": linear(), "layers": nn.ModuleList([nn.ModuleDict({"up": linear()})])})
     quantize.quantize_layers(module, "int8", CPU)

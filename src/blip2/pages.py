@@ -15,10 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-_SMAPS = Path(
-    "/proc/self/smaps"
-)  # a line for each mapping, of addresses, rights, offset, device, inode, file; then fields
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) .{4} \S+ \S+ (\d+)\s")
+_SMAPS = Path("/proc/self/smaps")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) .{4} \S+ \S+ (\d+)\s")  # addresses, rights, offset, device, inode
 
 
 def release(tensor: Tensor) -> None:
