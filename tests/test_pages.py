@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.pages import release, release_unwritten
+from blip2.bench.clock import anonymous
+from blip2.pages import release, release_unwritten, trim
 from blip2.weights import transformers
 from blip2.weights.tensors import Safetensors
 
@@ -59,6 +60,15 @@ def test_what_was_written_to_or_lies_in_no_file_stays(file: Path):
     own = torch.arange(COUNT).float()
     release_unwritten(own)
     assert torch.equal(own, first)
+
+
+def test_what_was_freed_goes_back():
+    kept = [torch.ones(2**12) for _ in range(2**12)]  # 64 MB in pieces that the allocator does not map one by one
+    held = anonymous()
+    del kept[:-1]  # the last is above them all: what the allocator gives back of itself is at the end
+    trim()
+    assert anonymous() < held - 2**25
+    assert kept[0].sum() == 2**12
 
 
 def test_telling_a_checkpoint_from_another_leaves_no_page_behind(file: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from blip2.device import computes, passes
 from blip2.model.language import Language
+from blip2.pages import trim
 from blip2.quantize import QuantLinear
 
 LEAST = 2**16  # weights from which a layout pays: below it the call itself costs as much as the product
@@ -170,6 +171,8 @@ def pack_layers(*modules: object) -> None:
         coarse = [child for child in module.modules() if isinstance(child, QuantLinear)]
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # each of these layouts is made by one
             list(threads.map(QuantLinear.pack, coarse))
+        if coarse:
+            trim()
         owners = Counter(id(weight) for child in module.modules() for weight in _plain_weights(child))
         for name in [name for name, _ in module.named_modules()]:  # names: a layer in a list would keep its weights
             child = module.get_submodule(name)

@@ -1,6 +1,7 @@
-"""Pages of mapped files that were read and are not needed now: given back, the system reads them again if they are.
+"""Memory that is given back to the system: pages of mapped files that were read, and what was freed.
 
-Without it, every page of a checkpoint that was read counts as this process's memory until the file is closed.
+Without it, every page of a checkpoint that was read counts as this process's memory until the file is closed, and so
+does what the allocator keeps of the copies that a layer passes through while it is packed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) .{4} \S+ \S+ (\d+)\s")  # addres
 
 def release(tensor: Tensor) -> None:
     """Give back the pages of a tensor that lies in a mapped file and was not written to: what was written is lost."""
-    advise = _madvise()
+    advise = _system("madvise")
     if advise is None or not tensor.is_contiguous():
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it alone
@@ -32,7 +33,7 @@ def release(tensor: Tensor) -> None:
 
 def release_unwritten(tensor: Tensor) -> None:
     """As `release`, of any tensor: only what lies in a mapped file of which no page was written to goes."""
-    if _madvise() is not None and tensor.device.type == "cpu" and _is_unwritten(tensor.data_ptr()):
+    if _system("madvise") is not None and tensor.device.type == "cpu" and _is_unwritten(tensor.data_ptr()):
         release(tensor)
 
 
@@ -51,7 +52,13 @@ def _is_unwritten(address: int) -> bool:
     return False
 
 
+def trim() -> None:
+    """Give back what was freed and the allocator (glibc's) keeps."""
+    if (call := _system("malloc_trim")) is not None:
+        call(0)
+
+
 @functools.cache
-def _madvise() -> Callable[..., int] | None:
-    """The system's call; None where there is none."""
-    return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+def _system(name: str) -> Callable[..., int] | None:
+    """A call of Linux's C library; None where there is none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -90,7 +90,8 @@ class Fbgemm:
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         zeros = torch.full(scale.shape, ZERO)  # weights with a zero of their own are packed by fbgemm, all others not
         with torch.inference_mode(False), torch.no_grad():
-            moved = torch.ops.aten._make_per_channel_quantized_tensor(weight + ZERO, scale.double(), zeros, 0)
+            make: Any = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            moved = make(weight + ZERO, scale.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(moved, None)
 
     def sums(self, numbers: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from blip2.device import computes, passes
 from blip2.errors import CheckpointError, ConfigError
 from blip2.model.language import Language
-from blip2.pages import release_unwritten
+from blip2.pages import release_unwritten, trim
 from blip2.products import (
     INT8_END,
     by_half,
@@ -281,6 +281,7 @@ def _int8_head(weight: Tensor, device: torch.device) -> Callable[[Tensor], Tenso
         pieces.append(Int8Linear(*_to_int8(some), None, device))
         pieces[-1].pack()
         release_unwritten(some)  # of words only what is embedded is read again
+        trim()
     return pieces[0] if len(pieces) == 1 else functools.partial(_beside, pieces)
 
 
