@@ -89,8 +89,8 @@ class Placed(Protocol):
 class Cache(Protocol):
     """What a language model has read so far, one row a sequence.
 
-    A cache that has `join(other)` too takes the rows of another one in, after its own: then finished texts' places are
-    taken by waiting ones. Its rows count their positions themselves, whenever they began.
+    A cache that has `join(other)` too, and no `joins` that is False, takes the rows of another one in, after its own:
+    then finished texts' places are taken by waiting ones. Its rows count their positions, whenever they began.
     """
 
     def select(self, rows: Tensor) -> Self:
