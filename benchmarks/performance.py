@@ -139,6 +139,7 @@ def divergence(results: dict[str, Any], folder: Path, place: Path) -> None:
 def start(results: dict[str, Any], threads: int, runs: int) -> None:
     """`blip2 caption photo.jpg` as a process, and loading alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled
 
     def python(*words: str) -> str:
         done = subprocess.run(

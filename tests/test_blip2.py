@@ -225,7 +225,7 @@ def test_more_images_than_a_batch_are_written_in_parts(model: Blip2, monkeypatch
     [
         (lambda m: m.ask(picture(0), "what ?", choices=["yes", "no"], num_beams=2), "'num_beams' does not go with"),
         (lambda m: m.ask(picture(0), "what ?", choices=["yes", "no"], stream=True), "'stream' does not go with"),
-        (lambda m: m.caption(picture(0), stream=True, details=True), "details are for whole texts"),
+        (lambda m: m.caption(picture(0), stream=True, details=True), "details and a choice are for whole texts"),
         (lambda m: m.caption(picture(0), do_sample=False, temperature=0.3), "temperature is for drawing"),
         (lambda m: m.chat([picture(0), picture(1)]), "about one image, not 2"),
         (lambda m: m.caption(m.encode(picture(0))[[]]), "the features are empty"),

@@ -25,6 +25,13 @@ def test_curves_start_at_zero_and_name_their_axis():
     assert "batch 10" in {each.text for each in root.iter(f"{SVG}text")}
 
 
+def test_shares_stand_over_their_probabilities():
+    root = ElementTree.fromstring(drawing.reliability({"a & b": [(0.0, 0.0, 0.0, 0.1), (1.0, 0.5, 0.4, 1.0)]}, 100))
+    places = [(float(each.get("cx", 0)), float(each.get("cy", 0))) for each in root.iter(f"{SVG}circle")]
+    assert places == [(44.0, 112.0), (144.0, 62.0)]  # the corner of the square, and half of the way up its right side
+    assert "a & b" in {each.text for each in root.iter(f"{SVG}text")}
+
+
 def test_nothing_to_draw_is_an_empty_page():
-    for page in (drawing.bars({}), drawing.curves({})):
+    for page in (drawing.bars({}), drawing.curves({}), drawing.reliability({})):
         assert ElementTree.fromstring(page).tag == f"{SVG}svg"

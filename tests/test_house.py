@@ -28,6 +28,7 @@ PUBLIC = [
     "Blip2Error",
     "Chat",
     "CheckpointError",
+    "Classification",
     "ConfigError",
     "DataError",
     "Generation",

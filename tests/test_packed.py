@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,7 @@ def linear(dtype: torch.dtype = torch.float32, *, bias: bool = True, trained: bo
 def both(**options: bool) -> tuple[nn.Linear, PackedLinear]:
     plain = linear(**options)
     layer = PackedLinear(copy.deepcopy(plain))
+    layer.pack()
     assert layer.is_packed
     return plain, layer
 
@@ -88,7 +91,10 @@ def test_weights_come_back_bit_for_bit_to_everyone_who_asks(dtype: torch.dtype):
     ]
     for ask in asks:
         plain = linear(dtype)
-        assert torch.equal(ask(PackedLinear(copy.deepcopy(plain))), plain.weight)
+        layer = PackedLinear(copy.deepcopy(plain))
+        assert torch.equal(ask(layer), plain.weight)
+        layer.pack()
+        assert torch.equal(ask(layer), plain.weight)
 
 
 def test_a_state_dict_leaves_weights_packed_and_takes_new_ones():
@@ -136,7 +142,7 @@ def test_what_is_trained_is_trained():
 def test_weights_may_be_packed_after_some_uses_unless_somebody_has_asked_for_them():
     x = torch.randn(2, 96)
     layer = PackedLinear(linear(), uses=3)
-    found = [layer(x) for _ in range(2)]
+    found = [layer(x) for _ in range(3)]
     assert not layer.is_packed
     found += [layer(x) for _ in range(2)]
     assert layer.is_packed
@@ -147,6 +153,35 @@ def test_weights_may_be_packed_after_some_uses_unless_somebody_has_asked_for_the
     for _ in range(5):
         layer(x)
     assert layer.weight is weight
+
+
+def test_weights_are_packed_for_their_first_product_and_reading_them_before_changes_nothing():
+    layer, x = PackedLinear(linear()), torch.randn(2, 96)
+    assert not layer.is_packed
+    layer.state_dict()
+    torch.testing.assert_close(layer(x), linear()(x))
+    assert layer.is_packed
+
+
+def test_two_threads_may_pack_a_layer_at_once(monkeypatch: pytest.MonkeyPatch):
+    lay_out, both_there = packed._packed, threading.Barrier(2, timeout=20)  # pyright: ignore[reportPrivateUsage]
+
+    def together(weight: Tensor) -> Tensor:
+        both_there.wait()
+        return lay_out(weight)
+
+    monkeypatch.setattr(packed, "_packed", together)
+    layer, x = PackedLinear(linear()), torch.randn(2, 96)
+
+    def product() -> Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [each.result() for each in [threads.submit(product) for _ in range(2)]]
+    assert layer.is_packed
+    for each in found:
+        torch.testing.assert_close(each, linear()(x))
 
 
 def test_another_type_is_packed_again_or_plain():
@@ -222,7 +257,10 @@ def test_a_loaded_model_is_packed_writes_the_same_and_is_saved_as_it_was(tmp_pat
     assert isinstance(model.encoder, nn.Module)
     layers = [each for part in (model.encoder, model.bridge) for each in part.modules() if type(each) is PackedLinear]
     assert layers
-    assert all(layer.is_packed for layer in layers)
+    assert not any(layer.is_packed for layer in layers)  # until it is used
+    torch.testing.assert_close(model.embed_images(picture(0)), tiny.embed_images(picture(0)))
+    layers = [layer for layer in layers if layer.is_packed]
+    assert layers
     torch.testing.assert_close(model.embed_images(picture(0)), tiny.embed_images(picture(0)))
     assert all(layer.is_packed for layer in layers)  # no verb asks for weights
     model.save(tmp_path / "second")
@@ -234,6 +272,7 @@ def test_a_loaded_model_is_packed_writes_the_same_and_is_saved_as_it_was(tmp_pat
 def test_weights_are_plain_for_a_while():
     module = nn.Sequential(linear())
     pack_layers(module)
+    module(torch.randn(2, 96))
     with plain_weights(module, None):
         assert not module[0].is_packed
     assert module[0].is_packed
@@ -256,6 +295,8 @@ def test_weights_are_held_plain_and_packed_one_layer_at_a_time(monkeypatch: pyte
 
     monkeypatch.setattr(packed, "_packed", counting)
     pack_layers(module)
+    for layer in module:
+        layer(torch.randn(2, 96))
     assert alive == [6, 5, 4, 3, 2, 1]
     assert all(held() is None for held in plain)
 
@@ -270,6 +311,8 @@ def test_verbs_leave_packed_layers_packed():
     pack_layers(*parts)
     layers = [layer for part in parts for layer in part.modules() if isinstance(layer, PackedLinear)]
     assert layers
+    for layer in layers:
+        layer.pack()
     features = model.encode([picture(0), picture(1)])
     model.caption(features, num_beams=3, max_new_tokens=4)
     model.ask(features[:1], ["what ?", "why ?"], max_new_tokens=4)

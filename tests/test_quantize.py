@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2 import quantize
+from blip2 import products, quantize
 from blip2.config import OPTConfig
 from blip2.device import passes
 from blip2.errors import ConfigError
@@ -159,10 +159,13 @@ def test_few_rows_by_the_kernel_of_cpus_without_vnni(monkeypatch: pytest.MonkeyP
         assert relative(layer(x), F.linear(x, weights(layer), layer.bias)) < 1e-2
 
 
-@pytest.fixture
-def packs() -> None:
-    if not quantize.multiplies_packed():
-        pytest.skip("this torch has no packed product that is exact here")
+@pytest.fixture(params=["oneDNN", "fbgemm"])
+def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One way of packing after the other, of those that are exact here."""
+    kind = next((each for each in products.packings() if each.name == request.param), None)
+    if kind is None:
+        pytest.skip(f"{request.param} has no packed product that is exact here")
+    monkeypatch.setattr(quantize, "packing", lambda: kind)
 
 
 @pytest.mark.usefixtures("packs")
@@ -235,6 +238,13 @@ def test_a_head_of_few_or_all_words_is_coarse_and_its_embeddings_are_not():
         for found, exact in zip((model.logits(hidden), model.logits(hidden, some)), plain, strict=True):
             assert 0 < relative(found, exact) < 0.01
     assert torch.equal(model.words.weight, words)
+
+
+def test_a_head_of_pieces_is_the_head_in_one_piece(monkeypatch: pytest.MonkeyPatch):
+    words, hidden = linear(150, 64).weight, activations(3)[:, :64]
+    whole = quantize._int8_head(words, CPU)(hidden)
+    monkeypatch.setattr(quantize, "HEAD_AT_ONCE", 64 * 40)
+    assert torch.equal(quantize._int8_head(words, CPU)(hidden), whole)
 
 
 def test_only_linear_layers_in_blocks_become_coarse():

@@ -4,7 +4,8 @@ python examples/mini/evaluate.py --model DIRECTORY --shards FLICKR8K --made PREP
 
 Sections: retrieval (Flickr8k test, by ITC and with the best re-ranked by ITM), captions (Flickr8k test, beams), unseen
 (stamps of held-out concepts: text among captions and picture among pictures), named (held-out stamp photographs of
-trained names), questions (made from test captions, each kind). `--only` picks some, `--limit` gives a quick look.
+trained names), classes (both kinds of stamps by their names, bare and in templates, without a caption), questions (made
+from test captions, each kind). `--only` picks some, `--limit` gives a quick look.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from blip2.blip2 import Blip2
 from blip2.decoding import BEAMS
 from blip2.errors import Blip2Error
 from blip2.evaluate import evaluate_answers, evaluate_captions, evaluate_retrieval, of_samples, write_captions
+from blip2.evaluate.classification import DEPTHS, accuracy, places
 from blip2.evaluate.estimate import mean
+from blip2.evaluate.run import encode
+from blip2.zero_shot import BARE, TEMPLATES, Classifier
 
 TOP = 32  # of each query's best are re-ranked by matching
 WEIGHT = 0.05  # of a match's logit beside the cosine: the best of 0.02 to 1 for text to image on validation pictures
@@ -66,6 +70,28 @@ def named(model: Blip2, data: Data, naming: Naming) -> tuple[Numbers, Texts]:
     return {"held-out stamps, captions": {"named": mean([text["right"] for text in texts])}}, texts
 
 
+def classes(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
+    """Both sets of held-out stamps, each among its own names: bare, in templates, what these gain, and by matching."""
+    numbers: Numbers = {}
+    for name, title in (("unseen", "unseen stamps"), ("named", "held-out stamps")):
+        samples, things = data.stamps(name), data.things(name)
+        truth = [things[sample.id] for sample in samples]
+        labels = sorted(set(truth))
+        features = encode(model, samples, progress=show)
+        ways = {
+            "bare, ITC": Classifier.of(model, labels, BARE),
+            "templates, ITC": Classifier.of(model, labels, TEMPLATES),
+            "bare, ITM": Classifier.of(model, labels, BARE, by="itm"),
+        }
+        found = {way: places(each.scores(features).cpu().numpy(), labels, truth) for way, each in ways.items()}
+        rows = {f"{way}, {depth}": value for way, place in found.items() for depth, value in accuracy(place).items()}
+        for depth in DEPTHS:
+            bare, framed = ((found[way] < depth).astype(float) for way in ("bare, ITC", "templates, ITC"))
+            rows[f"templates beyond bare, ITC, top-{depth}"] = mean(framed - bare)
+        numbers[f"{title}, {len(labels)} names"] = {**rows}
+    return numbers, []
+
+
 def questions(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
     """Questions made from Flickr8k's test captions, beside the best single answer to each kind."""
     asked = of_samples(data.questions("test"), data.kind)
@@ -77,7 +103,7 @@ def questions(model: Blip2, data: Data) -> tuple[Numbers, Texts]:
     return {"questions": answer_numbers(found)}, texts
 
 
-SECTIONS = ("retrieval", "captions", "unseen", "named", "questions")
+SECTIONS = ("retrieval", "captions", "unseen", "named", "classes", "questions")
 
 
 def show(what: str, done: int, total: int) -> None:
@@ -92,6 +118,7 @@ def measure(model: Blip2, data: Data, sections: Sequence[str], wordnet: Path) ->
         "captions": lambda: captions(model, data),
         "unseen": lambda: unseen(model, data),
         "named": lambda: named(model, data, Naming(WordNet(wordnet))),
+        "classes": lambda: classes(model, data),
         "questions": lambda: questions(model, data),
     }
     numbers: Numbers = {}

@@ -27,7 +27,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in PLACE.iterdir())
     if size > LIMIT:
         raise SystemExit(f"error: {PLACE} is {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f} MB")
-    print(f"{PLACE}: {size / 1e6:.1f} MB")
+    print(f"{PLACE}: {size / 1e6:.1f} MB; its matching probabilities want `blip2 calibrate` anew (docs/matching.md)")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         PromptError,
     )
     from blip2.loading import load
-    from blip2.results import Generation, ImageFeatures, Matches, Ranking
+    from blip2.results import Classification, Generation, ImageFeatures, Matches, Ranking
     from blip2.search import ImageIndex
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ __all__ = [
     "Blip2Error",
     "Chat",
     "CheckpointError",
+    "Classification",
     "ConfigError",
     "DataError",
     "Generation",
@@ -71,7 +72,7 @@ _HOMES = {
         "PromptError",
     ),
     "blip2.loading": ("load",),
-    "blip2.results": ("Generation", "ImageFeatures", "Matches", "Ranking"),
+    "blip2.results": ("Classification", "Generation", "ImageFeatures", "Matches", "Ranking"),
     "blip2.search": ("ImageIndex",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from blip2 import generate, image
 from blip2.batching import BatchSize
+from blip2.calibration import Calibration
 from blip2.chat import Chat
+from blip2.choosing import Choice, judged
 from blip2.config import Blip2Config
 from blip2.decoding import BEAMS, Decoding, Options
 from blip2.encoding import encoded
 from blip2.errors import ConfigError, PromptError
 from blip2.heeding import each_image, heeded
-from blip2.matching import match_all
+from blip2.matching import match_all, probability
 from blip2.model.bridge import Bridge
 from blip2.one_or_many import Images, Shown, generation, grouped, is_list, pair, positive, present, sentence, unwrap
 from blip2.packed import plain_weights
@@ -29,6 +31,7 @@ from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.reading import Asked
 from blip2.results import Generation, ImageFeatures, Matches, Ranking
 from blip2.text import Tokenizer, plain
+from blip2.zero_shot import Classifier, How
 
 TEXT_LENGTH = 35  # tokens of a text that is matched or embedded, as published
 ENCODED = {"cpu": 16, "mps": 16, "cuda": 64}  # images in one pass of the encoder
@@ -44,6 +47,7 @@ class Blip2:
         text_tokenizer: the Q-Former's; None where the bridge has no text side.
         dtype: of the frozen parts.
         identity: what distinguishes this model's features from another's, for indexes and caches.
+        calibration: of matching probabilities; None leaves them as the head says.
     """
 
     config: Blip2Config
@@ -55,6 +59,7 @@ class Blip2:
     device: torch.device
     dtype: torch.dtype = torch.float32
     identity: str = ""
+    calibration: Calibration | None = None
 
     # -- images ------------------------------------------------------------------------------------------------
 
@@ -110,6 +115,9 @@ class Blip2:
         *,
         stream: bool = False,
         details: bool = False,
+        best_of: int | None = None,
+        by: Literal["itm", "itc"] = "itm",
+        threshold: float | None = None,
         batch_size: int = WRITTEN,
         **options: Unpack[Options],
     ) -> Any:
@@ -120,27 +128,32 @@ class Blip2:
             prompt: what the caption starts from; the model's own where None. `<image>` in it is where an image stands,
                 once for each; without any, images stand before the text.
             stream: give an iterator of text pieces of one image, greedy or drawn.
-            details: give `Generation`s with tokens and log-probabilities instead of `str`s.
+            details: give `Generation`s instead of `str`s: tokens, log-probabilities, how well text and image match.
+            best_of, by, threshold: write several and keep the best, see `choosing.Choice`.
             batch_size: images whose captions are written together.
             options: how the text is chosen, see `Decoding`; five beams by default, one for a stream, and what the
                 model's own `config.captions` says.
         Returns:
-            A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each.
+            A text for one image, a list for a list; with `num_captions` above 1 a list of texts for each. None in place
+            of a text that does not reach the threshold.
         """
+        choice = Choice(best_of, by, threshold)
         words = self.config.prompts.caption if prompt is None else prompt
         single = not is_list(images)
         features, counts = grouped(self.encode, images)
         own = self.config.captions
         decoding = Decoding.of(
-            options,
+            choice.widened(options),
             num_beams=1 if stream else BEAMS,
             length_penalty=own.length_penalty,
             no_repeat_ngram=own.no_repeat_ngram,
         )
         if stream:
-            return self._stream(features, words, decoding, details, counts)
+            return self._stream(features, words, decoding, details or choice.chooses, counts)
         found = self.write(features, [words] * len(counts), decoding, batch_size, counts)
-        return unwrap(present(found, details, decoding), single)
+        count = options.get("num_captions", 1)
+        kept = choice.kept(judged(self, features, counts, found, choice, details), count)
+        return unwrap(present(kept, details, count), single)
 
     def ask(
         self,
@@ -181,7 +194,7 @@ class Blip2:
             return self._stream(features, prompts[0], Decoding.of(options, max_new_tokens=10), details, counts)
         decoding = Decoding.of(options, num_beams=BEAMS, max_new_tokens=10)
         found = self.write(features, prompts, decoding, counts=counts)
-        return unwrap(present(found, details, decoding), single)
+        return unwrap(present(found, details, decoding.num_captions), single)
 
     def chat(self, image: Images) -> Chat:
         """A conversation about one image, which is encoded once."""
@@ -198,8 +211,18 @@ class Blip2:
         ids = self.text_ids(rows)  # (M, T)
         vectors = self.embed_images(features).to(self.device)
         itc = torch.einsum("nqe,me->nmq", vectors, self.bridge.text_vectors(ids)).amax(-1)
-        itm = match_all(self.bridge, features.patches, ids).softmax(-1)[..., 1]  # (N, M)
-        return Matches(itm, itc)
+        logits = match_all(self.bridge, features.patches, ids)  # (N, M, 2)
+        return Matches(probability(logits, self.calibration), itc, logits[..., 1] - logits[..., 0])
+
+    def classify(self, images: Images, labels: Sequence[str], *, details: bool = False, **how: Unpack[How]) -> Any:
+        """Which of the labels each image shows, without training: a label for one image, a list for a list.
+
+        Args:
+            details: give `Classification`s with the scores of all labels.
+            how: `templates` and `by`, see `zero_shot.Classifier.of`, which keeps labels for more images.
+        """
+        found = Classifier.of(self, labels, **how).classify(images)
+        return unwrap(found if details else [each.best for each in found], not is_list(images))
 
     @torch.inference_mode()
     def match_logits(self, features: ImageFeatures, ids: Tensor, pairs: Tensor) -> Tensor:
@@ -339,7 +362,7 @@ class Blip2:
         self, features: ImageFeatures, prompt: str, decoding: Decoding, details: bool, counts: Sequence[int]
     ) -> Iterator[str]:
         if details:
-            raise ConfigError("a stream gives text as it comes: details are for whole texts")
+            raise ConfigError("a stream gives text as it comes: details and a choice are for whole texts")
         if len(counts) != 1:
             raise ConfigError(f"a stream is of one text, not of {len(counts)}")
         language, tokenizer = self.writer()
@@ -359,11 +382,8 @@ class Blip2:
         Raises:
             PromptError: fewer than two choices, or an empty one.
         """
-        if isinstance(choices, str) or len(choices) < 2 or not all(choice.strip() for choice in choices):
-            raise PromptError(f"give a list of at least two choices, none of them empty, not {choices!r}")
         language, tokenizer = self.writer()
-        ids = tokenizer.encode([f" {choice.strip()}" for choice in choices])
-        ids = [[*row, tokenizer.stop_ids[0]] for row in ids]  # the answer ends there: "yes" is no start of "yesterday"
+        ids = tokenizer.choices(choices)
         asked = self._asked(features, prompts, max(map(len, ids)), counts or [1] * len(prompts))
         embeds, lengths, past = asked.prefix()
         scores = generate.rank(language, embeds, lengths, ids, past)  # (N, C)

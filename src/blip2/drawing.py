@@ -1,4 +1,4 @@
-"""Small pictures of numbers, as SVG: curves over steps, bars beside each other."""
+"""Small pictures of numbers, as SVG: curves over steps, bars beside each other, what was said against what is so."""
 
 from __future__ import annotations
 
@@ -63,6 +63,41 @@ def bars(groups: Mapping[str, Mapping[str, float]], unit: str = "s", width: int 
             at += _BAR
         at += _GAP + 14
     return _page(width, at - 8, parts)
+
+
+def reliability(sides: Mapping[str, Sequence[tuple[float, float, float, float]]], side: int = 320) -> str:
+    """Shares over the probabilities that were said of them, from 0 to 1 both ways; the diagonal is the truth.
+
+    Args:
+        sides: what is compared, to its points: probability, share, and the ends of the share's interval.
+        side: of the square in pixels.
+    """
+    left, top, ticks = 44, 12, (0.0, 0.5, 1.0)
+    bottom = top + side
+
+    def x(value: float) -> str:
+        return f"{left + side * value:.1f}"
+
+    def y(value: float) -> str:
+        return f"{bottom - side * value:.1f}"
+
+    parts = [
+        f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="#888"/>',
+        f'<path d="M{x(0)},{y(0)}L{x(1)},{y(1)}" stroke="#888" stroke-dasharray="4"/>',
+        *(f'<text x="{x(tick)}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>' for tick in ticks),
+        *(f'<text x="{left - 6}" y="{y(tick)}" text-anchor="end">{tick:g}</text>' for tick in ticks),
+        f'<text x="{x(0.5)}" y="{bottom + 30}" text-anchor="middle">probability of a match</text>',
+        f'<text x="12" y="{y(0.5)}" text-anchor="middle" transform="rotate(-90 12 {y(0.5)})">share that match</text>',
+    ]
+    for number, (name, points) in enumerate(sides.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(f"{x(said)},{y(share)}" for said, share, _, _ in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
+        for said, share, low, high in points:
+            parts.append(f'<path d="M{x(said)},{y(low)}V{y(high)}" stroke="{colour}" stroke-opacity=".5"/>')
+            parts.append(f'<circle cx="{x(said)}" cy="{y(share)}" r="3" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 8}" y="{top + 16 + 14 * number}" fill="{colour}">{escape(name)}</text>')
+    return _page(left + side + 12, bottom + 38, parts)
 
 
 def _page(width: int, height: int, parts: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from blip2.device import computes, fit_threads
 from blip2.model.language import Language
 from blip2.packed import pack_layers, reads_packed
-from blip2.products import multiplies_half, multiplies_packed, multiplies_whole_numbers, reads_int8
+from blip2.products import multiplies_half, multiplies_whole_numbers, packing, reads_int8
 from blip2.quantize import Int8Linear, quantize_head, reads_int4
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def tuned(model: Blip2, memory: Memory) -> Blip2:
 def chosen() -> dict[str, str]:
     """What this CPU multiplies the weights of each precision with, in words."""
     plainly = "made plain piece by piece"
-    whole = "packed by oneDNN, " if multiplies_packed() else ""
+    kind = packing()
+    whole = f"packed by {kind.name}, " if kind else ""
     few = "weight-only kernel for few rows, " if reads_int8() else ""
     block = reads_int4()
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +30,7 @@ def load(
     token: str | None = None,
     offline: bool = False,
     parts: Mapping[str, str | Path] | None = None,
+    calibration: str | Path | bool = True,
 ) -> Blip2:
     """A model, ready for its verbs.
 
@@ -51,6 +53,8 @@ def load(
             the cache has and ask nobody.
         parts: of a LAVIS file, which holds what was trained only: where its `vision`, `language` and `text` are; those
             left out are looked for beside it (`eva_vit_g.pth`, `opt-2.7b/`, `bert-base-uncased/`, ...).
+        calibration: of matching probabilities. True takes the `calibration.json` in the model's directory where there
+            is one, False leaves them as the head says; or a file that `blip2 calibrate` wrote for this model.
     Raises:
         CheckpointError: no such model, or it is damaged.
         ConfigError: an argument has a value that there is not, or that does not go with the others.
@@ -58,6 +62,7 @@ def load(
     """
     from blip2.compiling import compile_sight
     from blip2.kernels import tuned
+    from blip2.weights import calibrated
     from blip2.weights.placement import Memory, check_map
 
     place = pick_device(device)
@@ -65,7 +70,9 @@ def load(
     if compile and device_map is not None:
         raise ConfigError("compile: not with device_map, whose blocks move while they run; leave out one of the two")
     memory = Memory(check_scheme(quantize), check_map(device_map))
-    model = tuned(_read(name, place, half, memory, parts, revision, token, offline), memory)
+    model = tuned(_read(name, place, half, memory, parts, revision, token, offline, calibration is True), memory)
+    if not isinstance(calibration, bool):
+        model = dataclasses.replace(model, calibration=calibrated.read(Path(calibration), model.identity))
     if place.type == "cuda" and half is torch.bfloat16:  # float16's range is too small for its norms
         model.bridge.to(half)
     if compile:
@@ -82,16 +89,21 @@ def _read(
     revision: str | None,
     token: str | None,
     offline: bool,
+    calibration: bool,
 ) -> Blip2:
     """A model as its files hold it."""
-    from blip2.weights import lavis
+    from blip2.weights import calibrated, lavis
     from blip2.weights.assemble import assemble
 
     if str(name).endswith(lavis.SUFFIX):
         return lavis.load(Path(str(name)), place, half, memory, parts=parts)
     if parts:
         raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
-    return assemble(_directory(name, revision, token, offline), place, half, memory)
+    directory = _directory(name, revision, token, offline)
+    model = assemble(directory, place, half, memory)
+    if not calibration:
+        return model
+    return dataclasses.replace(model, calibration=calibrated.beside(directory, model.identity))
 
 
 def _directory(name: str | Path | None, revision: str | None, token: str | None, offline: bool) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip2.calibration import Calibration
 from blip2.config import QFormerConfig
 from blip2.device import free_memory
 from blip2.model.bridge import Bridge
@@ -29,6 +30,11 @@ def match_all(bridge: Bridge, patches: Tensor, ids: Tensor) -> Tensor:
     images, texts = block(bridge.config.qformer, patches.shape[1], ids)
     blocks = (some.to(ids.device, bridge.dtype) for some in patches.split(images))
     return torch.cat([bridge.match_all(bridge.see(some), ids, texts) for some in blocks])
+
+
+def probability(logits: Tensor, calibration: Calibration | None) -> Tensor:
+    """float32[...] that pairs match, of their logits, float[..., 2]; the head's own word where nothing corrects it."""
+    return logits.softmax(-1)[..., 1] if calibration is None else calibration.probability(logits)
 
 
 def block(config: QFormerConfig, patches: int, ids: Tensor) -> tuple[int, int]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from blip2 import image
-from blip2.decoding import Decoding
 from blip2.errors import ConfigError, PromptError
 from blip2.generate import Tokens
 from blip2.results import Generation, ImageFeatures
@@ -85,10 +84,10 @@ def generation(tokens: Tokens, tokenizer: Tokenizer) -> Generation:
     return Generation(text, tokens.ids, tokens.log_probs, tokens.score, tokens.finish)
 
 
-def present(rows: list[list[Generation]], details: bool, decoding: Decoding) -> list[Any]:
-    """Rows of texts, or of `Generation`s; without their inner list where one text an image was asked for."""
+def present(rows: list[list[Generation]], details: bool, count: int) -> list[Any]:
+    """Rows of at most `count` texts, or of `Generation`s; where one was asked for without their inner list, or None."""
     shown: list[list[Any]] = [[found if details else found.text for found in row] for row in rows]
-    return shown if decoding.num_captions > 1 else [row[0] for row in shown]
+    return shown if count > 1 else [row[0] if row else None for row in shown]
 
 
 def unwrap(rows: list[Any], single: bool) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from blip2.device import computes, passes
 from blip2.model.language import Language
+from blip2.pages import trim
 from blip2.quantize import QuantLinear
 
 LEAST = 2**16  # weights from which a layout pays: below it the call itself costs as much as the product
@@ -36,7 +37,8 @@ class PackedLinear(nn.Linear):
 
     Args:
         linear: whose weights are taken over: it is not to be used any more.
-        uses: products with the plain weights before they are packed, so that packing has paid when it is done.
+        uses: products with the plain weights before they are packed, so that packing has paid when it is done; with
+            none they are packed for the first: a part that is loaded and never used costs nothing.
     """
 
     def __init__(self, linear: nn.Linear, uses: int = 0) -> None:
@@ -49,8 +51,6 @@ class PackedLinear(nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self._uses = uses
-        if not uses:
-            self.pack()
 
     def pack(self) -> None:
         """Lay the weights out for products, where this machine has such."""
@@ -60,7 +60,7 @@ class PackedLinear(nn.Linear):
             return
         self._trained = weight.requires_grad
         self._packed = _packed(weight.detach())
-        del held["weight"]
+        held.pop("weight", None)  # another thread may have done the same meanwhile
 
     def unpack(self) -> None:
         """The plain weights again, bit for bit; they stay until `pack`."""
@@ -74,15 +74,15 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (self._trained or input.requires_grad):
             return F.linear(input, self.weight, self.bias)
-        packed, weight, bias = self._packed, self._held.get("weight"), self._held["bias"]
+        weight, bias = self._held.get("weight"), self._held["bias"]  # weight before `_packed`: one of them is there
+        if weight is not None and self._uses is not None:
+            self._uses -= 1
+            if self._uses < 0:
+                self.pack()
+        packed = self._packed
         if packed is not None and input.dtype is packed.dtype:
             return _product(input, packed, bias)
-        if weight is None or self._uses is None:
-            return F.linear(input, self.weight, bias)
-        self._uses -= 1
-        if self._uses <= 0:
-            self.pack()
-        return F.linear(input, weight, bias)
+        return F.linear(input, self.weight if weight is None else weight, bias)
 
     @property
     def is_packed(self) -> bool:
@@ -123,7 +123,9 @@ class PackedLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if keep_vars or self._packed is None:
+            uses = self._uses
             super()._save_to_state_dict(destination, prefix, keep_vars)
+            self._uses = None if keep_vars else uses  # who only reads does not keep them plain
             return
         destination[prefix + "weight"] = self._packed.to_dense()
         if (bias := self._held["bias"]) is not None:
@@ -156,7 +158,9 @@ class Head:
 
 
 def pack_layers(*modules: object) -> None:
-    """Pack the linear layers of modules where that is faster, one after another, and the heads of language models.
+    """Let linear layers and language models' heads be packed at their first product, where that is faster.
+
+    Coarse ones are packed at once, and so are those that were packed before.
 
     Args:
         modules: what is no torch module is left as it is.
@@ -167,6 +171,8 @@ def pack_layers(*modules: object) -> None:
         coarse = [child for child in module.modules() if isinstance(child, QuantLinear)]
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # each of these layouts is made by one
             list(threads.map(QuantLinear.pack, coarse))
+        if coarse:
+            trim()
         owners = Counter(id(weight) for child in module.modules() for weight in _plain_weights(child))
         for name in [name for name, _ in module.named_modules()]:  # names: a layer in a list would keep its weights
             child = module.get_submodule(name)

@@ -1,12 +1,15 @@
 """The two kinds of frozen part, and what a bridge asks of them.
 
-Letters: B rows, P patches, S prefix positions, T target positions, D width, V vocabulary, K a part of it, H W pixels.
+Letters: B rows, P patches, O of them beside the grid, S prefix positions, T target positions, D width, V vocabulary,
+K a part of it, H W pixels.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -45,11 +48,49 @@ class ImageEncoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the patches of a picture lie.
+
+    Attributes:
+        rows, columns: of the grid that covers the encoder's whole square, cell by cell, row after row.
+        first: number of the grid's first patch.
+        beside: what each patch is that lies on no grid, in order.
+    """
+
+    rows: int
+    columns: int
+    first: int
+    beside: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """P: patches altogether."""
+        return self.rows * self.columns + len(self.beside)
+
+    def grid(self, values: Tensor) -> Tensor:
+        """Of values of patches, float[..., P], those on the grid, float[..., rows, columns]."""
+        return values[..., self.first : self.first + self.rows * self.columns].unflatten(-1, (self.rows, self.columns))
+
+    def rest(self, values: Tensor) -> Tensor:
+        """Of values of patches, float[..., P], those beside the grid, float[..., O]."""
+        return torch.cat([values[..., : self.first], values[..., self.first + self.rows * self.columns :]], dim=-1)
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An image encoder that says where its patches lie, which `explain` asks of it."""
+
+    def places(self, patches: Tensor) -> Places:
+        """Where the patches of one image lie, float[P, D]: as many as this encoder gives."""
+        ...
+
+
 class Cache(Protocol):
     """What a language model has read so far, one row a sequence.
 
-    A cache that has `join(other)` too takes the rows of another one in, after its own: then finished texts' places are
-    taken by waiting ones. Its rows count their positions themselves, whenever they began.
+    A cache that has `join(other)` too, and no `joins` that is False, takes the rows of another one in, after its own:
+    then finished texts' places are taken by waiting ones. Its rows count their positions, whenever they began.
     """
 
     def select(self, rows: Tensor) -> Self:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -25,17 +25,16 @@ from torch import Tensor, nn
 from blip2.device import computes, passes
 from blip2.errors import CheckpointError, ConfigError
 from blip2.model.language import Language
+from blip2.pages import release_unwritten, trim
 from blip2.products import (
     INT8_END,
     by_half,
     by_halves,
     close,
     multiplies_half,
-    multiplies_packed,
     multiplies_whole_numbers,
-    pack,
     pack_half,
-    packed_sums,
+    packing,
     plain_sums,
     reads_int8,
     unpack_half,
@@ -48,6 +47,7 @@ GROUP = 64  # inputs that share a scale in int4: divides the widths of every pub
 BLOCKS = (64, 32)  # outputs that int4 packs together: what kernels for AVX-512 and for AVX2 read
 PLAIN_AT_ONCE = 2**22  # weights that are made plain at a time: 16 MB in float32
 COARSE_AT_ONCE = 2**20  # weights that are made coarse at a time: 4 MB in float32
+HEAD_AT_ONCE = 2**25  # words' weights that are packed at a time: 32 MB, held four times meanwhile
 MANY = 192  # rows from which plain bfloat16 weights beat the kernel that reads int4
 FEW = 8  # rows up to which int8 weights read once beat a product in float32
 INT4_LEVELS, INT4_MIDDLE = 15, 8
@@ -170,8 +170,7 @@ class Int8Linear(QuantLinear):
     def product(self, x: Tensor) -> Tensor:
         """See `QuantLinear`."""
         if self._packed is not None:
-            sums = functools.partial(packed_sums, packed=self._packed, scale=self.scale)
-            return by_halves(x, sums, one=self.one_half)
+            return by_halves(x, self._packed.sums, one=self.one_half)
         if self._whole_numbers:
             sums = functools.partial(plain_sums, weight=self.weight)
             return by_halves(x, sums, one=self.one_half).mul_(self.scale)
@@ -181,10 +180,11 @@ class Int8Linear(QuantLinear):
 
     def _lay_out(self, weight: Tensor) -> Any:
         """As `QuantLinear`; where rows are many it would gain a twelfth and cost as much as two images."""
-        return pack(weight) if multiplies_packed() and not self.one_half else None
+        kind = None if self.one_half else packing()
+        return None if kind is None else kind(weight, self.scale)
 
     def _read_back(self, packed: Any) -> Tensor:
-        return packed.to_dense().T.contiguous()
+        return packed.plain()
 
 
 class Int4Linear(QuantLinear):
@@ -275,8 +275,18 @@ def quantize_head(language: Language, device: torch.device) -> None:
 
 
 def _int8_head(weight: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
-    coarse, scale = _to_int8(weight)
-    return Int8Linear(coarse, scale, None, device)
+    pieces: list[Int8Linear] = []
+    for rows in _pieces(*weight.shape, at_once=HEAD_AT_ONCE if device.type == "cpu" else weight.numel()):
+        some = weight[rows]
+        pieces.append(Int8Linear(*_to_int8(some), None, device))
+        pieces[-1].pack()
+        release_unwritten(some)  # of words only what is embedded is read again
+        trim()
+    return pieces[0] if len(pieces) == 1 else functools.partial(_beside, pieces)
+
+
+def _beside(pieces: Sequence[Int8Linear], hidden: Tensor) -> Tensor:
+    return torch.cat([piece(hidden) for piece in pieces], dim=-1)
 
 
 def in_blocks(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -61,10 +62,12 @@ class Matches:
     Attributes:
         itm: float[N, M], probability that the pair matches (image-text matching head).
         itc: float[N, M], cosine of the best query and the text (image-text contrastive).
+        odds: float[N, M], log-odds of a match as the head gives them, before any calibration: retrieval ranks by them.
     """
 
     itm: Tensor
     itc: Tensor
+    odds: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Generation:
         log_probs: log-probability of each generated token, the ending one included where there was one.
         score: what it was ranked by: the sum of `log_probs` over length ** length_penalty.
         finish: `stop` where the model ended the text itself, `length` where the limit did.
+        match: probability that text and image match (ITM); None where it was not asked, or the model does not match.
+        cosine: of their vectors (ITC); None as `match`.
     """
 
     text: str
@@ -84,6 +89,13 @@ class Generation:
     log_probs: tuple[float, ...]
     score: float
     finish: Literal["stop", "length"]
+    match: float | None = None
+    cosine: float | None = None
+
+    @property
+    def confidence(self) -> float:
+        """How sure the language model was of a token, on (geometric) average: from 0 to 1, whatever the length."""
+        return math.exp(sum(self.log_probs) / len(self.log_probs)) if self.log_probs else 0.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,29 @@ class Ranking:
     def probabilities(self) -> tuple[float, ...]:
         """Of each choice, given that one of them is the answer."""
         return tuple(torch.tensor(self.log_probs).softmax(0).tolist())
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Labels, by how well they fit an image.
+
+    Attributes:
+        labels: as they were given.
+        scores: of each label its cosine with the image (ITC), or the probability that it matches by itself (ITM).
+    """
+
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def best(self) -> str:
+        """The label that fits best; the first of equals."""
+        return self.top(1)[0][0]
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """The best labels with their scores, best first."""
+        order = sorted(range(len(self.labels)), key=lambda index: -self.scores[index])[:count]
+        return [(self.labels[index], self.scores[index]) for index in order]
 
 
 def _on_cpu(index: Any) -> Any:

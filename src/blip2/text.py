@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor
 
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, PromptError
 from blip2.model.prefix import SLOT
 
 if TYPE_CHECKING:
@@ -148,6 +148,16 @@ class Tokenizer:
                 ids = [*ids, SLOT, *next(words)]
             found.append([*ids, *end])
         return found
+
+    def choices(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of answers to choose from, each with its end: "yes" is no start of "yesterday".
+
+        Raises:
+            PromptError: fewer than two, or an empty one.
+        """
+        if isinstance(texts, str) or len(texts) < 2 or not all(text.strip() for text in texts):
+            raise PromptError(f"give a list of at least two choices, none of them empty, not {texts!r}")
+        return [[*row, self.stop_ids[0]] for row in self.encode([f" {text.strip()}" for text in texts])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens left out."""

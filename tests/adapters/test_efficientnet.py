@@ -12,7 +12,7 @@ from blip2.adapters.efficientnet import MAP_RMS, POOLED_RMS, SURE, EfficientNetL
 from blip2.adapters.parts import require
 from blip2.config import PartConfig
 from blip2.errors import ConfigError, ImageError
-from blip2.protocols import ImageEncoder
+from blip2.protocols import ImageEncoder, Placed
 
 PART = PartConfig("efficientnet-lite2", width=1280)
 
@@ -73,6 +73,21 @@ def test_a_gradient_reaches_the_pixels(encoder: EfficientNetLite, pixels: Tensor
     encoder(picture).square().sum().backward()
     assert picture.grad is not None
     assert picture.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_what_lies_beside_the_grid_is_the_whole_picture_and_its_likeliest_classes(
+    encoder: EfficientNetLite, pixels: Tensor
+) -> None:
+    assert isinstance(encoder, Placed)
+    names, likeliest = class_names(), encoder.class_probabilities(pixels).topk(5).indices.tolist()
+    for patches, classes in zip(encoder(pixels), likeliest, strict=True):
+        places = encoder.places(patches)
+        assert places.beside == ("whole picture", *(f"class: {names[number]}" for number in classes))
+        assert (places.rows, places.columns, places.count) == (5, 5, len(patches))
+        numbers = torch.arange(31)
+        assert places.grid(numbers).flatten().tolist() == list(range(1, 26))
+        assert places.rest(numbers).tolist() == [0, 26, 27, 28, 29, 30]
 
 
 @pytest.mark.parametrize("grid", [1, 4, 9])

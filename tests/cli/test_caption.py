@@ -31,7 +31,12 @@ def test_several_captions_come_best_first(model: Blip2):
     expected = model.caption("photo.jpg", num_captions=3)
     assert run("caption", "photo.jpg", "--num", "3").stdout.splitlines() == expected
     line = json.loads(run("caption", "photo.jpg", "--num", "3", "--json").stdout)
-    assert line == {"image": "photo.jpg", "captions": expected}
+    assert (line["image"], line["captions"]) == ("photo.jpg", expected)
+    whole = model.caption("photo.jpg", num_captions=3, details=True)
+    assert line["confidence"] == pytest.approx([text.confidence for text in whole], rel=1e-4)  # one image or a batch
+    assert line["match"] == pytest.approx([text.match for text in whole], abs=1e-5)
+    alone = json.loads(run("caption", "photo.jpg", "--json").stdout)
+    assert set(alone) == {"image", "caption", "confidence", "match"}
 
 
 def test_a_prompt_reaches_the_model(model: Blip2):
@@ -46,6 +51,23 @@ def test_details_tell_tokens_and_why_a_caption_ended(model: Blip2):
     assert line["captions"][0]["text"] == whole.text
     assert line["captions"][0]["ids"] == list(whole.ids)
     assert line["captions"][0]["finish"] == whole.finish
+    assert line["captions"][0]["confidence"] == pytest.approx(whole.confidence)
+
+
+def test_the_best_of_several_is_kept_and_nothing_below_the_threshold(model: Blip2):
+    best = model.caption("photo.jpg", best_of=6, by="itc")
+    assert run("caption", "photo.jpg", "--best-of", "6", "--by", "itc").stdout == f"{best}\n"
+    result = run("caption", "holiday", "photo.jpg", "--threshold", "2")
+    assert (result.stdout, result.exit_code) == ("", 0)
+    assert "photo.jpg: no caption reaches the threshold" in result.stderr
+    told = json.loads(run("caption", "photo.jpg", "--threshold", "2", "--json").stdout)
+    assert told == {"image": "photo.jpg", "captions": [], "confidence": [], "match": []}
+    run("caption", "holiday", "--threshold", "2", "--out", "none.jsonl")
+    rows = [json.loads(line) for line in Path("none.jsonl").read_text().splitlines()]
+    assert [row["captions"] for row in rows] == [[], [], []]
+    assert "0 captioned, 3 were there" in run("caption", "holiday", "--threshold", "2", "--out", "none.jsonl").stderr
+    run("caption", "holiday", "--threshold", "2", "--txt")
+    assert not list(Path("holiday").glob("*.txt"))
 
 
 def test_a_stream_ends_up_as_the_greedy_caption(model: Blip2):
@@ -103,6 +125,7 @@ def test_options_that_do_not_fit_are_refused_before_the_model_is_loaded(monkeypa
         "choose one": ["--txt", "--out", "c.jsonl"],
         "for captions in files": ["--trigger", "word"],
         "one caption of one image": ["--stream", "holiday"],
+        "of one image, as it comes": ["--stream", "--best-of", "2"],
         "the folder nowhere does not exist": ["--out", "nowhere/c.jsonl"],
         "holiday: is a folder": ["--out", "holiday"],
     }

@@ -16,7 +16,8 @@ import blip2
 from blip2.cli import app
 
 COMMANDS = (
-    *("caption", "ask", "chat", "match", "embed", "index", "search", "dedupe"),
+    *("caption", "ask", "chat", "match", "explain", "embed", "index", "search", "dedupe"),
+    *("classify", "calibrate", "filter"),
     *("info", "convert", "verify", "train", "bench", "evaluate"),
 )
 EVALUATIONS = ("caption", "vqa", "gqa", "retrieval")

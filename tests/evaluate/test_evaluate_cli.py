@@ -50,6 +50,10 @@ def test_captions_are_scored_written_and_shown(command: CliRunner, folder: Path,
     found = json.loads((out / "numbers.json").read_text())
     assert (found["protocol"], found["num_beams"], found["tokenizer"]) == ("own", 3, "our own")
     assert "the worst" in page.read_text()
+    chosen = [*words[:3], "--best-of", "4", "--by", "itc", "--out", str(out.with_name("best"))]
+    assert command.invoke(evaluate.app, chosen).exit_code == 0
+    found = json.loads((out.with_name("best") / "numbers.json").read_text())
+    assert (found["best_of"], found["by"]) == (4, "itc")
     journal = (out / "journal.jsonl").read_bytes()
     assert command.invoke(evaluate.app, words).exit_code == 0
     assert (out / "journal.jsonl").read_bytes() == journal

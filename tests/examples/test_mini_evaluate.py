@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "mini"))
 
@@ -19,6 +20,8 @@ from naming import Naming
 from wordnet import WordNet
 
 import evaluate as mini_evaluate
+import tiny_model
+from blip2.data.sources import ImageRef, Sample
 from blip2.errors import DataError
 from blip2.evaluate import Estimate, Written
 
@@ -196,6 +199,34 @@ def test_numbers_are_written_as_a_table_and_as_json(tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads((tmp_path / "deep" / "found.json").read_text())
     assert report["numbers"]["test"]["R@1"] == {"value": 0.25, "low": 0.2, "high": 0.3}
     assert (report["command"], report["seconds"], report["model"]) == ("run.py --fast", 1.3, "mini")
+
+
+def test_stamps_are_told_by_their_names_bare_in_templates_and_by_matching(
+    monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path
+) -> None:
+    samples: list[Sample] = []
+    for number in range(6):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(tiny_model.picture(number)).save(path)
+        samples.append(Sample(f"{number}", ImageRef(path), ("a dog",)))
+    names = {sample.id: ("dog", "cat", "beach")[number % 3] for number, sample in enumerate(samples)}
+    monkeypatch.setattr(measuring.Data, "stamps", lambda _self, _name: samples)
+    monkeypatch.setattr(measuring.Data, "things", lambda _self, _name: names)
+    model = tiny_model.build(language=False)
+    numbers, _ = mini_evaluate.measure(model, measuring.Data(made, made), ["classes"], tmp_path)
+    assert list(numbers) == ["unseen stamps, 3 names", "held-out stamps, 3 names"]
+    found = numbers["unseen stamps, 3 names"]
+    right = [
+        model.classify(str(each.image), ["beach", "cat", "dog"], templates=["{}"]) == names[each.id] for each in samples
+    ]
+    assert value(found["bare, ITC, top-1"]) == pytest.approx(sum(right) / 6)
+    assert value(found["bare, ITM, top-5"]) == 1
+    gained = value(found["templates, ITC, top-1"]) - value(found["bare, ITC, top-1"])
+    assert value(found["templates beyond bare, ITC, top-1"]) == pytest.approx(gained)
+
+
+def value(number: Estimate | float) -> float:
+    return number.value if isinstance(number, Estimate) else number
 
 
 def test_sections_can_be_chosen_and_keep_what_was_written(

@@ -125,10 +125,28 @@ def test_waiting_prompts_take_the_places_of_finished_ones(recurrent: Any) -> Non
     assert 3 < language.prefills < 24
 
 
-def test_a_cache_that_takes_no_rows_in_is_stepped_to_its_end(model: LanguageModel) -> None:
+@pytest.mark.parametrize("kind", ["gemma3", "t5"])
+def test_a_cache_that_takes_no_rows_in_is_stepped_to_its_end(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    ids: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(4)
+    if kind == "gemma3":
+        shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+        config = transformers.Gemma3TextConfig(
+            num_attention_heads=2, num_key_value_heads=1, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"], bos_token_id=2, **shape, **ids,
+        )  # fmt: skip
+        made = transformers.Gemma3ForCausalLM(config)
+    else:
+        shape = {"d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+        made = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(decoder_start_token_id=0, tie_word_embeddings=False, **shape, **ids)
+        )
+    model = TransformersLM(made.double().eval())
     prefix, lengths = _prompts([3, 1, 4, 2, 5], 8)
-    _, cache = model.prefill(prefix, lengths)
-    assert hasattr(cache, "join") is not isinstance(model, TransformersLM)
+    assert not model.prefill(prefix, lengths)[1].joins
+    arguments = (model, prefix, lengths, Beam(2), Limits(5), (1,))
+    _assert_same(generate(*arguments, capacity=2), plain.generate(*arguments))
 
 
 def test_long_prompts_are_read_together(recurrent: Any, monkeypatch: pytest.MonkeyPatch) -> None:

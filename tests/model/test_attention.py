@@ -50,3 +50,29 @@ def test_dropout_keeps_the_mean_of_what_is_seen():
     found = torch.stack([attend(query, key, value, None, 0.5) for _ in range(400)])
     assert found.std() > 0.1
     torch.testing.assert_close(found.mean(0), torch.ones(3, 1, 32), rtol=0, atol=0.25)  # 5 standard errors of 400 draws
+
+
+@pytest.mark.parametrize("kind", ["all", "bool", "float", "causal", "shared heads"])
+def test_weights_that_are_kept_sum_to_one_and_made_the_result_that_torch_gives(kind: str):
+    torch.manual_seed(0)
+    heads = 2 if kind == "shared heads" else 4
+    query, key, value = (drawn(count, torch.float32, of).detach() for count, of in ((5, 4), (7, heads), (7, heads)))
+    seen = torch.rand(3, 1, 1, 7) < 0.6
+    seen[..., 0] = True
+    mask = {"bool": seen, "float": torch.randn(3, 4, 5, 7)}.get(kind)
+    kept: list[Tensor] = []
+    found = attend(query, key, value, mask, causal=kind == "causal", kept=kept)
+    torch.testing.assert_close(found, attend(query, key, value, mask, causal=kind == "causal"), **SINGLE)
+    (weights,) = kept
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 5))
+    by_hand = weights @ value.repeat_interleave(4 // heads, dim=1)
+    torch.testing.assert_close(by_hand.transpose(1, 2).flatten(2), found, **SINGLE)
+
+
+def test_a_gradient_reaches_the_weights_that_are_kept():
+    query, key, value = drawn(5, torch.float32), drawn(7, torch.float32), drawn(7, torch.float32)
+    kept: list[Tensor] = []
+    found = attend(query, key, value, kept=kept)
+    (slope,) = torch.autograd.grad(found[0, 2, :8].sum(), kept)  # of the first head's third query
+    torch.testing.assert_close(slope[0, 0, 2], value[0, 0].sum(-1), **SINGLE)
+    assert slope.count_nonzero() == 7

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip2.config import QFormerConfig
-from blip2.model.qformer import QFormer
+from blip2.model.qformer import QFormer, Watch
 
 CONFIG = QFormerConfig(
     width=16, layers=3, heads=2, mlp_width=32, queries=4, encoder_width=12, vocab_size=50, positions=16, decoder_id=49
@@ -120,3 +120,14 @@ def test_the_positions_that_are_wanted_are_those_of_the_whole(qformer: QFormer):
     image, ids = patches(3), texts(3, 6)
     whole = qformer.join(qformer.see(image), ids)
     torch.testing.assert_close(qformer.join(qformer.see(image), ids, wanted=4), whole[:, :4], **CLOSE)
+
+
+def test_being_watched_changes_nothing_and_tells_who_looked_where(qformer: QFormer):
+    sight, ids = qformer.see(patches(2)), texts(2, 6)
+    joined, looked = Watch(), Watch()
+    torch.testing.assert_close(qformer.join(sight, ids, watch=joined), qformer.join(sight, ids), **CLOSE)
+    torch.testing.assert_close(qformer.look(sight, looked).hidden, qformer.look(sight).hidden, **CLOSE)
+    assert [weights.shape for weights in joined.within] == [(2, 2, 10, 10)] * 3
+    assert [weights.shape for weights in looked.within] == [(2, 2, 4, 4)] * 3
+    assert [weights.shape for weights in joined.across] == [weights.shape for weights in looked.across]
+    assert [weights.shape for weights in joined.across] == [(2, 2, 4, 5)] * 2  # layers 0 and 2 of 3 cross

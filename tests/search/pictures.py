@@ -57,7 +57,7 @@ class Fake:
     def match(self, images: Any, texts: Any) -> Matches:
         green = self.encode(images).patches[:, 0, 1] / 255
         itm = green[:, None].expand(-1, len(texts))
-        return Matches(itm, torch.zeros_like(itm))
+        return Matches(itm, torch.zeros_like(itm), itm.logit(eps=1e-6))
 
 
 def paint(folder: Path, colours: dict[str, tuple[int, int, int]]) -> Path:

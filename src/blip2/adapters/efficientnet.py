@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from blip2.adapters.parts import require
 from blip2.errors import CheckpointError, ConfigError, ImageError
+from blip2.protocols import Places
 
 NAME = "efficientnet-lite2"
 IMAGE_SIZE = 260
@@ -77,6 +78,13 @@ class EfficientNetLite(nn.Module):
     def tokens(self) -> int:
         """Number of tokens of an image: one pooled, the map's, the classes'."""
         return 1 + self.grid**2 + TOP_CLASSES
+
+    def places(self, patches: Tensor) -> Places:
+        """A grid between the pooled feature and the likeliest classes, which the pooled feature tells again."""
+        pooled = patches[:1].to(self._rows.dtype) * POOLED_RMS
+        classes = self._probabilities(pooled)[0].topk(TOP_CLASSES).indices.tolist()
+        names = class_names()
+        return Places(self.grid, self.grid, 1, ("whole picture", *(f"class: {names[number]}" for number in classes)))
 
     def train(self, mode: bool = True) -> EfficientNetLite:  # noqa: ARG002
         """Stays in evaluation mode: the part is frozen, its batch norms and dropout included."""

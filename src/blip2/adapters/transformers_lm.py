@@ -186,6 +186,28 @@ class Reading:
             encoded,
         )
 
+    @property
+    def joins(self) -> bool:
+        """Whether `join` can be: not of an encoder-decoder, nor where a layer keeps a window only."""
+        layers = [] if self.encoded is not None else getattr(self.states, "layers", [])
+        return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+
+    def join(self, other: Reading) -> Reading:
+        """These rows and then those of another reading, padded on the left as prefixes are."""
+        size = max(self.mask.shape[1], other.mask.shape[1])
+        mask = torch.cat([F.pad(each.mask, (size - each.mask.shape[1], 0)) for each in (self, other)])
+        states = copy.copy(self.states)
+        states.layers = [copy.copy(layer) for layer in self.states.layers]
+        for layer, theirs in zip(states.layers, other.states.layers, strict=True):
+            layer.keys = torch.cat([_longer(layer.keys, size), _longer(theirs.keys, size)])
+            layer.values = torch.cat([_longer(layer.values, size), _longer(theirs.values, size)])
+        return Reading(states, mask, torch.cat([self.positions, other.positions]))
+
+
+def _longer(x: Tensor, size: int) -> Tensor:
+    """[B, A, S, d], padded on the left to so many positions."""
+    return F.pad(x, (0, 0, size - x.shape[2], 0))
+
 
 class _DecoderOnly:
     """Prefix and text are one sequence."""

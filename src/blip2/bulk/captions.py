@@ -53,8 +53,9 @@ def caption_files(
         paths: what `image.find_images` takes.
         out: the JSON Lines file; nothing for `txt`.
         form: `jsonl` writes a line {"image", "caption"} an image ("captions", a list, where `num_captions` asks for
-            several; {"image", "error"} for one that cannot be read), with paths relative to the file's folder and `/`
-            between their parts. `txt` writes `photo.txt` beside `photo.jpg`, a line a caption.
+            several, and empty where none reaches the `threshold`; {"image", "error"} for one that cannot be read), with
+            paths relative to the file's folder and `/` between their parts. `txt` writes `photo.txt` beside
+            `photo.jpg`, a line a caption; an image without one gets no file, and the next run tries it again.
         existing: what to do with an image that has its captions already: leave it (so that a stopped run goes on),
             write them anew, or add the new ones to them.
         prefix: stands before each caption as it is.
@@ -107,8 +108,8 @@ def captions(
 
 
 def _labelled(path: Path, found: Any, before: str) -> Captioned | Failure:
-    """A text, or several, with what stands before each."""
+    """A text, several or none, with what stands before each."""
     if isinstance(found, Failure):
         return found
-    row: Sequence[str] = (found,) if isinstance(found, str) else found
+    row: Sequence[str] = (found,) if isinstance(found, str) else found or ()
     return Captioned(path, tuple(before + text for text in row))

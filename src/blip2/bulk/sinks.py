@@ -125,7 +125,7 @@ class _TextFiles:
 
     def write(self, results: Sequence[Captioned | Failure]) -> None:
         for result in results:
-            if isinstance(result, Failure):
+            if isinstance(result, Failure) or not result.texts:
                 continue
             target = result.image.with_suffix(".txt")
             lines = [" ".join(text.split()) for text in result.texts]
@@ -167,7 +167,7 @@ class _JsonLines:
         for result in results:
             key = self._key(result.image)
             if isinstance(result, Captioned):
-                several = len(result.texts) > 1
+                several = len(result.texts) != 1
                 rows.append({"image": key, **({"captions": result.texts} if several else {"caption": result.texts[0]})})
             elif self._errors.get(key) != result.error:  # known from an earlier run: the line is there
                 rows.append({"image": key, "error": result.error})

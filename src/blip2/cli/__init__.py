@@ -9,7 +9,25 @@ from typing import Annotated
 import typer
 
 import blip2
-from blip2.cli import ask, bench, caption, convert, dedupe, embed, evaluate, index, info, match, search, train, verify
+from blip2.cli import (
+    ask,
+    bench,
+    calibrate,
+    caption,
+    classify,
+    convert,
+    dedupe,
+    embed,
+    evaluate,
+    explain,
+    filter,
+    index,
+    info,
+    match,
+    search,
+    train,
+    verify,
+)
 from blip2.cli.console import fail
 
 app = typer.Typer(
@@ -50,6 +68,10 @@ app.command()(caption.caption)
 app.command()(ask.ask)
 app.command()(ask.chat)
 app.command()(match.match)
+app.command()(explain.explain)
+app.command()(classify.classify)
+app.command()(calibrate.calibrate)
+app.command()(filter.filter)
 app.command()(embed.embed)
 app.command()(index.index)
 app.command()(search.search)

@@ -12,12 +12,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli.console import TASK, note, one_line, open_model, progress, result, result_json
-from blip2.cli.options import AutoBatch, Chosen, Details, Device, Dtype, Json, Model, Paths, Quantize, check_out, writes
+from blip2.cli.options import (
+    AutoBatch,
+    BestOf,
+    By,
+    Chosen,
+    Details,
+    Device,
+    Dtype,
+    FitBy,
+    Json,
+    Model,
+    Paths,
+    Quantize,
+    Threshold,
+    check_out,
+    chosen_of,
+    writes,
+)
 from blip2.errors import ConfigError
 
 if TYPE_CHECKING:
     from blip2.batching import Size
     from blip2.blip2 import Blip2
+    from blip2.results import Generation
 
 
 class Existing(StrEnum):
@@ -49,6 +67,9 @@ def caption(
     json: Json = False,
     details: Details = False,
     stream: Stream = False,
+    best_of: BestOf = None,
+    by: By = FitBy.itm,
+    threshold: Threshold = None,
     out: Out = None,
     txt: Txt = False,
     existing: Keep = Existing.skip,
@@ -65,12 +86,15 @@ def caption(
 
     One image prints its caption, several print `path<TAB>caption`. With `--out` or `--txt` captions go to files, and a
     run that was stopped goes on where it was. Images that cannot be read are named on stderr, and the exit code is 1.
+    With `--best-of` several captions are written and those that match best kept; `--json` and `--details` tell how sure
+    the models are.
 
     ```
     blip2 caption photo.jpg
     blip2 caption photo.jpg --prompt "a photo of" --num 3
     blip2 caption holiday/ --out captions.jsonl
     blip2 caption training-set/ --txt --trigger myword
+    blip2 caption holiday/ --best-of 5 --top-p 0.9 --threshold 0.5 --out captions.jsonl
     ```
     """
     from blip2 import image
@@ -83,10 +107,10 @@ def caption(
     _check(
         to_files, {"stream": stream, "json": json, "details": details}, bool(prefix or trigger) or existing != "skip"
     )
-    keywords: dict[str, Any] = {**options, **({"num_captions": num} if num > 1 else {})}
+    keywords: Chosen = {**options, **({"num_captions": num} if num > 1 else {}), **chosen_of(best_of, by, threshold)}
     files = image.find_images(paths)
-    if stream and (len(files) > 1 or num > 1):
-        raise ConfigError("--stream writes one caption of one image")
+    if stream and (len(files) > 1 or num > 1 or best_of or threshold is not None):
+        raise ConfigError("--stream writes one caption of one image, as it comes")
     opened = open_model(model, device, dtype, quantize)
     if stream:
         _stream(opened, files[0], prompt, keywords)
@@ -141,31 +165,44 @@ def _to_stdout(
     from blip2.batching import BatchSize
 
     failed = False
-    found = bulk.captions(model, files, BatchSize(batch_size, model.device), details=True, **options)
+    asked = json or details
+    found = bulk.captions(model, files, BatchSize(batch_size, model.device), details=asked, **options)
     with progress("captions", len(files)) as bars, closing(found) as stream:
         for batch in stream:
             for path, row in batch:
                 if not isinstance(row, bulk.Failure):
-                    rows = [asdict(text) for text in (row if isinstance(row, list) else [row])]
-                    _show(path, rows, json, details, alone=len(files) == 1)
+                    rows: list[Any] = [each for each in (row if isinstance(row, list) else [row]) if each is not None]
+                    if asked:
+                        _tell(path, rows, details)
+                    else:
+                        _print(path, rows, alone=len(files) == 1)
                     continue
                 failed = True
                 note(f"error: {row.error}")
-                if json or details:
+                if asked:
                     result_json({"image": str(path), "error": row.error})
             bars.advance(TASK, len(batch))
     if failed:
         raise typer.Exit(1)
 
 
-def _show(path: Path, rows: Sequence[dict[str, Any]], json: bool, details: bool, *, alone: bool) -> None:
-    """The captions of one image, in the shape that was asked for."""
+def _print(path: Path, texts: Sequence[str], *, alone: bool) -> None:
+    """The captions of one image, a line each."""
+    if not texts:
+        note(f"{path}: no caption reaches the threshold")
+    for text in map(one_line, texts):
+        result(text if alone else f"{path}\t{text}")
+
+
+def _tell(path: Path, rows: Sequence[Generation], details: bool) -> None:
+    """The captions of one image as JSON, with how sure the models are of each."""
     if details:
-        result_json({"image": str(path), "captions": rows})
-    elif json:
-        texts = [row["text"] for row in rows]
-        result_json({"image": str(path), **({"captions": texts} if len(texts) > 1 else {"caption": texts[0]})})
+        result_json({"image": str(path), "captions": [{**asdict(row), "confidence": row.confidence} for row in rows]})
+        return
+    told: dict[str, list[Any]] = {"caption": [row.text for row in rows], "confidence": [row.confidence for row in rows]}
+    if all(row.match is not None for row in rows):
+        told["match"] = [row.match for row in rows]
+    if len(rows) == 1:
+        result_json({"image": str(path), **{name: values[0] for name, values in told.items()}})
     else:
-        for row in rows:
-            text = one_line(row["text"])
-            result(text if alone else f"{path}\t{text}")
+        result_json({"image": str(path), "captions": told.pop("caption"), **told})

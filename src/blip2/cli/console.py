@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich.console
@@ -100,9 +101,11 @@ def progress(what: str, total: int | None) -> Generator[rich.progress.Progress]:
 TASK = rich.progress.TaskID(0)
 
 
-def open_model(name: str, device: str, dtype: str, quantize: str | None = None) -> Blip2:
+def open_model(
+    name: str, device: str, dtype: str, quantize: str | None = None, calibration: Path | bool = True
+) -> Blip2:
     """`blip2.load`, with a word about it on a terminal."""
-    load = functools.partial(blip2.load, name, device=device, dtype=dtype, quantize=quantize)
+    load = functools.partial(blip2.load, name, device=device, dtype=dtype, quantize=quantize, calibration=calibration)
     if not sys.stderr.isatty():
         return load()
     with stderr().status(f"loading {name}"):

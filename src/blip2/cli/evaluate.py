@@ -11,7 +11,7 @@ import typer
 
 from blip2.cli.console import note, open_model
 from blip2.cli.measured import Measurement, bars, tell_unread
-from blip2.cli.options import Batch, Chosen, Device, Dtype, Model, Quantize, writes
+from blip2.cli.options import Batch, BestOf, By, Chosen, Device, Dtype, FitBy, Model, Quantize, chosen_of, writes
 from blip2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def caption(
     protocol: Protocol = Named.own,
     java: Annotated[bool, typer.Option(help="Without it: our own tokenizer, and no METEOR.")] = True,
     spice: Annotated[bool, typer.Option("--spice", help="SPICE too, where its data is there.")] = False,
+    best_of: BestOf = None,
+    by: By = FitBy.itm,
     out: Out = None,
     report: Report = None,
     format: Layout = "auto",
@@ -122,7 +124,7 @@ def caption(
     if scored:
         captioning.check_tools(java=java, spice=spice)
     opened = open_model(model, device, dtype, quantize)
-    how = protocols.captioning(protocol.value, opened).with_options(options)
+    how = protocols.captioning(protocol.value, opened).with_options({**options, **chosen_of(best_of, by)})
     made = how.settings(opened.config.prompts.caption)
     run = run.with_model(opened, (sample.id for sample in everything), **made)
     with run.kept() as kept, bars() as progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -28,6 +29,15 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         help="Of the frozen parts' blocks: int8, int4 or half (16-bit) weights.",
+        rich_help_panel="Machine",
+        show_default=False,
+    ),
+]
+Calibrated = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="What `blip2 calibrate` wrote for this model. [default: calibration.json beside it, if any]",
         rich_help_panel="Machine",
         show_default=False,
     ),
@@ -53,6 +63,34 @@ Paths = Annotated[
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.", show_default=False)]
 
 _PANEL = "Decoding"
+
+
+_CHOICE = "Choosing"
+
+
+class FitBy(StrEnum):
+    """By what a text and its image are judged: matching head or vectors."""
+
+    itm = "itm"
+    itc = "itc"
+
+
+BestOf = Annotated[
+    int | None,
+    typer.Option(min=1, help="Write so many, keep the best.", show_default=False, rich_help_panel=_CHOICE),
+]
+By = Annotated[FitBy, typer.Option(help="The matching head (itm) or the vectors (itc).", rich_help_panel=_CHOICE)]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Keep only what matches so well.", show_default=False, rich_help_panel=_CHOICE),
+]
+
+
+def chosen_of(best_of: int | None, by: FitBy, threshold: float | None = None) -> Chosen:
+    """Keywords of `Blip2.caption` for a choice among captions; none where nothing is chosen."""
+    if best_of is None and threshold is None:
+        return {}
+    return {"best_of": best_of, "by": by.value, **({} if threshold is None else {"threshold": threshold})}
 
 
 def check_out(file: Path) -> None:

@@ -192,5 +192,18 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
         raise _unwritable(path, error) from error
 
 
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """JSON Lines that appear whole or not at all.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    try:
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
 def _unwritable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be written ({error.strerror}); what was finished is kept: run again to go on")

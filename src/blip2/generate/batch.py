@@ -77,7 +77,7 @@ class Batch:
     @property
     def open(self) -> bool:
         """Whether a group can join: always where there is none, and where the model's cache takes others in."""
-        return not self.rows or hasattr(self._cache, "join")
+        return not self.rows or getattr(self._cache, "joins", hasattr(self._cache, "join"))
 
     def join(self, which: list[int], search: Search, logits: Tensor, cache: Any) -> None:
         """A group that was just read takes its first tokens."""

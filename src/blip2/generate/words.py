@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from blip2.generate.methods import Tokens
@@ -27,7 +28,6 @@ class Words:
     def __init__(self, language: LanguageModel, said: Tensor) -> None:
         some: Tensor | None = getattr(language, "vocabulary", None)
         self.written = None if said.shape[1] or some is None or len(some) < FEW else some
-        self._ids: list[int] | None = None if self.written is None else self.written.tolist()
 
     @property
     def asked(self) -> tuple[Tensor, ...]:
@@ -36,9 +36,9 @@ class Words:
 
     def places(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Of tokens, as a search knows them; those that are never written are left out."""
-        if self._ids is None:
+        if self.written is None:
             return tuple(ids)
-        return tuple(place for place, token in enumerate(self._ids) if token in ids)
+        return tuple(torch.isin(self.written, self.written.new_tensor(ids)).nonzero()[:, 0].tolist())
 
     def ids(self, places: Tensor) -> Tensor:
         """Tokens, int64[N], of what a search chose."""
@@ -46,10 +46,11 @@ class Words:
 
     def token(self, place: int | None) -> int | None:
         """One token; None of none."""
-        return place if place is None or self._ids is None else self._ids[place]
+        return place if place is None or self.written is None else int(self.written[place])
 
     def tokens(self, text: Tokens) -> Tokens:
         """A text of a search in the model's tokens."""
-        if self._ids is None:
+        if self.written is None:
             return text
-        return dataclasses.replace(text, ids=tuple(self._ids[place] for place in text.ids), end=self.token(text.end))
+        ids = self.written[self.written.new_tensor(text.ids)].tolist()
+        return dataclasses.replace(text, ids=tuple(ids), end=self.token(text.end))

@@ -33,6 +33,7 @@ def attend(
     *,
     causal: bool = False,
     scale: float | None = None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     """softmax(q kᵀ · scale) v, heads joined again.
 
@@ -44,12 +45,15 @@ def attend(
         dropout: probability on the attention weights.
         causal: each query sees the keys up to its own position; instead of a mask.
         scale: 1 / √d where None.
+        kept: where given, the attention weights are added to it, float[B, A, N, M], as the result was made of them: a
+            gradient goes through them.
     Returns:
         float[B, N, A * d].
     Source: Vaswani et al. 2017, equation 1.
     """
-    if query.device.type == "cpu" and query.requires_grad and (query.dtype != torch.float32 or key.shape[2] <= SHORT):
-        return _spelt_out(query, key, value, mask, dropout, causal=causal, scale=scale)
+    slow = query.dtype != torch.float32 or key.shape[2] <= SHORT
+    if kept is not None or (query.device.type == "cpu" and query.requires_grad and slow):
+        return _spelt_out(query, key, value, mask, dropout, causal=causal, scale=scale, kept=kept)
     shared = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=shared
@@ -66,6 +70,7 @@ def _spelt_out(
     *,
     causal: bool,
     scale: float | None,
+    kept: list[Tensor] | None,
 ) -> Tensor:
     """The same as matrix products: on a CPU, with gradients and 16 bits, up to eight times as fast as torch's own."""
     heads, count, width = query.shape[1:]
@@ -76,6 +81,8 @@ def _spelt_out(
     scores = (query @ key.mT).unflatten(2, (each, count)).flatten(1, 2)  # (B, A, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.softmax(-1), dropout).to(value.dtype)
+    weights = F.dropout(scores.softmax(-1), dropout).to(value.dtype)  # (B, A, N, M)
+    if kept is not None:
+        kept.append(weights)
     out = weights.unflatten(1, (-1, each)).flatten(2, 3) @ value
     return out.unflatten(2, (each, count)).flatten(1, 2).transpose(1, 2).flatten(2)

@@ -35,7 +35,7 @@ class Cache:
         self.tiers = [Tier.empty(lengths)]
         self.own = Columns(torch.zeros_like(lengths))
         self.starts = lengths
-        self._masks: dict[tuple[int | None, torch.device], list[Tensor]] = {}
+        self._masks: dict[tuple[int | None, torch.device], list[Tensor | None]] = {}
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -140,12 +140,10 @@ class Cache:
         own_key, own_value = self._add(layer, key, value)  # (B * A, t, d)
         *masks, own_mask = self._visible(count, groups, heads, window, key)
         scores = [
-            tier.to_rows(
-                torch.baddbmm(mask, tier.to_prompts(query), tier.keys[layer].flatten(0, 1).mT, alpha=scale), heads
-            )
+            tier.to_rows(_scores(mask, tier.to_prompts(query), tier.keys[layer].flatten(0, 1), scale), heads)
             for tier, mask in zip(self.tiers, masks, strict=True)
         ]  # each (B * A, G * T, S)
-        scores.append(torch.baddbmm(own_mask, query.flatten(0, 1), own_key.mT, alpha=scale))  # (B * A, G * T, t)
+        scores.append(_scores(own_mask, query.flatten(0, 1), own_key, scale))  # (B * A, G * T, t)
         sizes = [score.shape[-1] for score in scores]
         weights = torch.cat(scores, -1)
         wide = torch.promote_types(weights.dtype, torch.float32)
@@ -205,30 +203,36 @@ class Cache:
             return key.flatten(0, 1), value.flatten(0, 1)
         return self.own.add(layer, self.tiers[0].devices, key, value)
 
-    def _visible(self, count: int, groups: int, heads: int, window: int | None, like: Tensor) -> list[Tensor]:
+    def _visible(self, count: int, groups: int, heads: int, window: int | None, like: Tensor) -> list[Tensor | None]:
         """What is added to the scores, 0 where new positions see and -inf where not: of each tier, and of the columns.
 
         Returns:
-            of a tier float[P * A, 1 or n * G * T, S], of the columns float[B * A, G * T, t].
+            of a tier float[P * A, 1 or n * G * T, S], of the columns float[B * A, G * T, t]; None where all is seen.
         """
         if window is not None and self._span(count) <= window:
             window = None
         if (window, like.device) not in self._masks:
-            found: list[Tensor] = []
+            found: list[Tensor | None] = []
             places = self.positions[:, None] + torch.arange(count, device=self.starts.device)  # (B, T)
             before = torch.zeros_like(self.starts)  # positions of each row in earlier tiers
             for tier in self.tiers:
                 unseen = ~tier.real(tier.lengths.device)[:, None, None]  # (P, 1, 1, S)
+                if window is None and tier.full:
+                    found.append(None)
+                    continue
                 if window is not None:
                     at = before[:, None, None] + torch.arange(unseen.shape[-1], device=before.device)  # (B, 1, S)
                     far = (places[..., None] - at >= window).repeat(1, groups, 1)  # (B, G * T, S)
                     unseen = unseen | tier.to_prompts(far[:, None])[:, None]
                 found.append(_mask(unseen, heads, like))
                 before = before + tier.lengths[tier.owners]
+            unborn = self.unborn(count)
+            if window is None and count == 1 and unborn is None:
+                found.append(None)
+                return self._masks.setdefault((window, like.device), found)
             back = self.back(count)  # (T, t)
             unseen = (back < 0) if window is None else (back < 0) | (back >= window)
             unseen = unseen.repeat(groups, 1)[None, None]  # (1, 1, G * T, t)
-            unborn = self.unborn(count)
             if unborn is not None:
                 unseen = unseen | unborn[:, None, None]
             found.append(_mask(unseen.expand(len(self), -1, -1, -1), heads, like))
@@ -238,6 +242,13 @@ class Cache:
     def _span(self, count: int) -> int:
         """No row has more positions than this, so many new ones included."""
         return sum(tier.size for tier in self.tiers) + self.own.span(count)
+
+
+def _scores(mask: Tensor | None, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """float[N, M, d] and float[N, S, d] to float[N, M, S]."""
+    if mask is None:
+        return torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale)  # what is empty is not read
+    return torch.baddbmm(mask, query, key.mT, alpha=scale)
 
 
 def _mask(unseen: Tensor, heads: int, like: Tensor) -> Tensor:

@@ -74,7 +74,10 @@ class Columns:
 
     def select(self, rows: Tensor) -> Columns:
         """The rows in a new order, int64[N], in memory of their own."""
-        moved = {at: each.index_select(2, rows.to(at)) for at, each in self._buffers.items()}
+        moved: dict[torch.device, Tensor] = {}
+        for at, each in self._buffers.items():
+            moved[at] = each.new_empty(*each.shape[:2], len(rows), *each.shape[3:])
+            torch.index_select(self.filled(at), 2, rows.to(at), out=moved[at].narrow(4, 0, self.used))
         return self._with(self.births[rows], self.used, moved)
 
     def join(self, other: Columns) -> Columns:

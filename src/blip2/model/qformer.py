@@ -12,7 +12,7 @@ Letters: B rows, Q queries, T text positions, P patches, D width, A heads, E enc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -67,6 +67,19 @@ class Look:
         return Look(self.hidden.index_select(0, index), tuple(keys), tuple(values))
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Where attention went in one pass, for whoever hands it in: weights as the pass used them, gradient and all.
+
+    Attributes:
+        within: one float[B, A, N, M] a layer, the self-attention of all positions.
+        across: one float[B, A, Q, P] for each layer that crosses, of the queries to their image's patches.
+    """
+
+    within: list[Tensor] = field(default_factory=list[Tensor])
+    across: list[Tensor] = field(default_factory=list[Tensor])
+
+
 class QFormer(nn.Module):
     """BERT with learned queries, cross-attention to an image and a second feed-forward for the queries."""
 
@@ -92,9 +105,11 @@ class QFormer(nn.Module):
         pairs = [attention.keys_values(patches) for attention in crossing]
         return Sight(tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
 
-    def look(self, sight: Sight) -> Look:
+    def look(self, sight: Sight, watch: Watch | None = None) -> Look:
         """Queries read the image and see no text; what they carry on stays float32, small differences and all.
 
+        Args:
+            watch: takes down where they looked.
         Source: BLIP-2, section 3.1.
         """
         x = self._start_queries(len(sight.keys[0]))
@@ -104,14 +119,22 @@ class QFormer(nn.Module):
             key, value = layer.attention.keys_values(x)
             keys.append(key)
             values.append(value)
-            x = layer(x, x.shape[1], key, value, None, seen)
+            x = layer(x, x.shape[1], key, value, None, seen, watch)
         return Look(x, tuple(keys), tuple(values))
 
     def read(self, ids: Tensor) -> Tensor:
         """Text alone, both ways (ITC): int64[B, T], right-padded, to float[B, T, D]."""
         return self.through(self._start_text(ids), 0, self.real(ids))
 
-    def join(self, sight: Sight, ids: Tensor, images: Tensor | None = None, *, wanted: int | None = None) -> Tensor:
+    def join(
+        self,
+        sight: Sight,
+        ids: Tensor,
+        images: Tensor | None = None,
+        *,
+        wanted: int | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
         """Queries and text see each other (ITM).
 
         Args:
@@ -119,6 +142,7 @@ class QFormer(nn.Module):
                 which one each text goes with.
             ids: int64[B, T], right-padded.
             wanted: how many positions to give, the first of them; all where None.
+            watch: takes down who looked where.
         Returns:
             float[B, Q + T, D]: the queries first.
         Source: BLIP-2, section 3.2.
@@ -126,7 +150,7 @@ class QFormer(nn.Module):
         queries = self._start_queries(len(ids))
         x = lowered(torch.cat([queries, self._start_text(ids)], dim=1))  # (B, Q + T, D)
         real = torch.cat([self.real(ids).new_ones(queries.shape[:2]), self.real(ids)], dim=1)  # (B, Q + T)
-        return self.through(x, queries.shape[1], real, sight, images, wanted)
+        return self.through(x, queries.shape[1], real, sight, images, wanted, watch)
 
     def through(
         self,
@@ -136,13 +160,14 @@ class QFormer(nn.Module):
         sight: Sight | None = None,
         images: Tensor | None = None,
         wanted: int | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """All layers, every position seeing every real one.
 
         Args:
             x: float[B, N, D], normed, of which the first `queries` positions are queries and the rest text.
             real: bool[B, N], False where a position is padding.
-            sight, images, wanted: as of `join`; no sight where nothing crosses to an image.
+            sight, images, wanted, watch: as of `join`; no sight where nothing crosses to an image.
         Returns:
             float[B, N, D].
         """
@@ -150,7 +175,7 @@ class QFormer(nn.Module):
             key, value = layer.attention.keys_values(x)
             if layer is self.layers[-1]:
                 x = x[:, :wanted]  # nobody sees the others any more
-            x = layer(x, queries, key, value, real[:, None, None, :], seen)
+            x = layer(x, queries, key, value, real[:, None, None, :], seen, watch)
         return x
 
     def write(self, look: Look, ids: Tensor) -> Tensor:
@@ -211,6 +236,7 @@ class Layer(nn.Module):
         value: Tensor,
         mask: Tensor | None,
         seen: tuple[Tensor, Tensor] | None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -220,14 +246,16 @@ class Layer(nn.Module):
             mask: bool, broadcastable to [B, A, N, M], None where all is seen.
             seen: keys and values float[B, A, P, D/A] of the image, None where no query crosses to it here; of fewer
                 images, each is seen by as many rows in a row.
+            watch: takes down where the rows looked; each has an image of its own then.
         """
-        x = self.attention(x, key, value, mask)
+        within, across = (None, None) if watch is None else (watch.within, watch.across)
+        x = self.attention(x, key, value, mask, within)
         seeing, text = x[:, :queries], x[:, queries:]
         parts: list[Tensor] = []
         if queries:
             if self.cross_attention is not None and seen is not None:
                 side_by_side = seeing.reshape(len(seen[0]), -1, seeing.shape[2])  # all that read one image
-                seeing = self.cross_attention(side_by_side, *seen, None).reshape(seeing.shape)
+                seeing = self.cross_attention(side_by_side, *seen, None, across).reshape(seeing.shape)
             parts.append(self.query_feed_forward(seeing))
         if text.shape[1] and self.text_feed_forward is not None:
             parts.append(self.text_feed_forward(text))
@@ -251,9 +279,11 @@ class Attention(nn.Module):
         """Keys and values of what is looked at: float[B, M, source width] to two float[B, A, M, D/A]."""
         return split_heads(self.key(source), self.heads), split_heads(self.value(source), self.heads)
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kept: list[Tensor] | None = None
+    ) -> Tensor:
         query = split_heads(self.query(x), self.heads)  # (B, A, N, D/A)
-        seen = attend(query, key, value, mask, self.dropout.p if self.training else 0.0)  # (B, N, D)
+        seen = attend(query, key, value, mask, self.dropout.p if self.training else 0.0, kept=kept)  # (B, N, D)
         return self.norm(x + self.dropout(self.out(seen)))
 
 

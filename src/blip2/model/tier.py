@@ -67,6 +67,8 @@ class Tier:
         """Which positions are no padding: bool[P, S]."""
         if device not in self._real:
             self._real[device] = torch.arange(self.size, device=device) < self.lengths.to(device)[:, None]
+            if device.type == "cpu":  # others would have to be waited for
+                self.full = self.full or bool(self._real[device].all())
         return self._real[device]
 
     def select(self, rows: Tensor) -> Tier:

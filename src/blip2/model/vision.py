@@ -17,6 +17,7 @@ from blip2.config import VisionConfig
 from blip2.errors import ImageError
 from blip2.model.activations import gelu, quick_gelu
 from blip2.model.attention import attend, split_heads
+from blip2.protocols import Places
 
 
 class VisionTransformer(nn.Module):
@@ -55,6 +56,11 @@ class VisionTransformer(nn.Module):
     @property
     def std(self) -> tuple[float, float, float]:
         return self.config.std
+
+    def places(self, patches: Tensor) -> Places:  # noqa: ARG002
+        """A grid after the class token; see `protocols.Placed`."""
+        side = self.config.image_size // self.config.patch_size
+        return Places(side, side, 1, ("class token",))
 
     def forward(self, pixels: Tensor, *, resized: bool = False) -> Tensor:
         """Patch features.

@@ -330,11 +330,12 @@ class ImageIndex:
                 shown: Any = ImageFeatures(self._patches(places).float(), vectors[..., :0], vectors)
             else:
                 shown = [image.open(hit.path) for hit, _ in batch]
-            itm = self.model.match(shown, [text]).itm[:, 0].double().cpu()  # (B,)
-            odds = itm.logit(eps=1e-6)  # finite where a probability rounds to 0 or 1
+            matches = self.model.match(shown, [text])  # (B, 1)
             judged += [
-                (o + hit.score, replace(hit, itm=p))
-                for o, p, (hit, _) in zip(odds.tolist(), itm.tolist(), batch, strict=True)
+                (odds + hit.score, replace(hit, itm=itm))
+                for odds, itm, (hit, _) in zip(
+                    matches.odds[:, 0].tolist(), matches.itm[:, 0].tolist(), batch, strict=True
+                )
             ]
         return [hit for _, hit in sorted(judged, key=lambda pair: (-pair[0], pair[1].path))]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -25,7 +24,7 @@ from blip2.weights import adapter, paddle, transformers
 from blip2.weights.base import find
 from blip2.weights.load import Loaded, load, load_config, load_language, load_tokenizer
 from blip2.weights.placement import WHOLE, Memory
-from blip2.weights.save import LANGUAGE, TOKENIZERS
+from blip2.weights.save import TOKENIZERS, identity_of
 
 
 def assemble(directory: Path, device: torch.device, dtype: torch.dtype, memory: Memory = WHOLE) -> Blip2:
@@ -72,7 +71,7 @@ def assemble(directory: Path, device: torch.device, dtype: torch.dtype, memory: 
         text.tokenizer if text else own_text,
         device,
         dtype,
-        identity=_identity(directory),
+        identity=identity_of(directory),
     )
 
 
@@ -146,13 +145,3 @@ def named_config(name: str) -> Blip2Config:
 def model_directory(name: str | Path | None) -> Path:
     """Where a model lies: `mini`, or nothing, is the one that comes with the package."""
     return Path(blip2.__file__).parent / "mini" if name in (None, "mini") else Path(str(name))
-
-
-def _identity(directory: Path) -> str:
-    """SHA-256 over what the directory holds of the model, but for the language model, which no feature comes from."""
-    digest = hashlib.sha256()
-    files = [path for path in sorted(directory.glob("*.safetensors")) if path.name != LANGUAGE]
-    for path in [*files, directory / "config.json"]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

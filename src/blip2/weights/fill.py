@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from blip2.errors import CheckpointError
 from blip2.files import cache_directory
 from blip2.model.t5 import T5
+from blip2.pages import release
 from blip2.quantize import in_blocks, quantized
 from blip2.weights.placement import DISK, FROZEN, Home, put
 from blip2.weights.rules import Rule, check, listed
-from blip2.weights.tensors import Safetensors, Tensors, release
+from blip2.weights.tensors import Safetensors, Tensors
 
 Progress = Callable[[int, int], None]
 """Tensors that are loaded, of how many."""

@@ -9,6 +9,7 @@ the files that it names what turns its words, or the Q-Former's, into ids.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from blip2.errors import CheckpointError
 from blip2.files import replacing
 from blip2.model.bridge import Bridge
 from blip2.quantize import check_plain
-from blip2.weights import card, paddle
+from blip2.weights import calibrated, card, paddle
 from blip2.weights.skeleton import build_language, skeleton
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def save(
     """
     with _together(directory) as file:
         _write_model(file, directory, config, bridge, vision, dtype, vocabulary)
+    (directory / calibrated.NAME).unlink(missing_ok=True)  # of a model that was here before
 
 
 def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -106,8 +108,10 @@ def save_model(model: Blip2, directory: Path, dtype: torch.dtype | None = None) 
             tokenizer.rust.save(str(file(f"{name}-tokenizer.json")))
         if own:
             _write(cast("nn.Module", language).state_dict(), file(LANGUAGE), dtype)
-    for name in () if ids else (TOKENIZERS,):
+    for name in (calibrated.NAME, *(() if ids else (TOKENIZERS,))):
         (directory / name).unlink(missing_ok=True)  # of a model that was here before
+    if model.calibration is not None:
+        calibrated.write(directory / calibrated.NAME, model.calibration, identity_of(directory))
 
 
 def _check_language(language: object, config: LanguageConfig | PartConfig | None) -> None:
@@ -142,6 +146,16 @@ def trained(bridge: Bridge) -> dict[str, Tensor]:
     if bridge.config.qformer.frozen_words:
         state.pop(FROZEN_WORDS, None)
     return state
+
+
+def identity_of(directory: Path) -> str:
+    """SHA-256 over what the directory holds of the model, but for the language model, which no feature comes from."""
+    digest = hashlib.sha256()
+    files = [path for path in sorted(directory.glob("*.safetensors")) if path.name != LANGUAGE]
+    for path in [*files, directory / "config.json"]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
-import mmap
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -120,26 +116,6 @@ class Pickled:
     def get(self, name: str) -> Tensor:
         """One tensor."""
         return self.state[name]
-
-
-def release(tensor: Tensor) -> None:
-    """Let the system take back the pages of a tensor that was read from a mapped file and is not used any more.
-
-    Without it, every page of a checkpoint that was read counts as this process's memory until the file is closed.
-    """
-    advise = _madvise()
-    if advise is None or not tensor.is_contiguous():
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it alone
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-
-
-@functools.cache
-def _madvise() -> Callable[..., int] | None:
-    """The system's call; None where there is none."""
-    return ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 
 def read_pickle(path: Path) -> Mapping[str, Any]:

@@ -1,0 +1,66 @@
+"""Where the queries look and what speaks for a match: as transformers' own attention and autograd have it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import blip2
+from blip2 import explain
+from blip2.blip2 import Blip2
+from published import BERT, CLOSE, config, opt, pictures, pixels, save, scramble
+
+TEXT = "w7 w1 w30 w2 w8"
+
+
+@pytest.fixture(scope="module")
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Blip2]:
+    whole = config(opt(), slot=None)
+    whole.qformer_config.use_qformer_text_input = True
+    theirs = transformers.Blip2ForImageTextRetrieval(whole).eval()
+    scramble(theirs)
+    place = tmp_path_factory.mktemp("retrieval")
+    save(theirs, place, BERT)
+    theirs.set_attn_implementation("eager")  # theirs has no weights otherwise
+    ours = blip2.load(place, device="cpu", dtype="float32")
+    assert ours.text_tokenizer is not None
+    words = dataclasses.replace(ours.text_tokenizer, frame=(1, 2))  # a vocabulary of 60 words has no token 101
+    return theirs, dataclasses.replace(ours, text_tokenizer=words)
+
+
+def cross_attention(theirs: Any) -> list[Tensor]:
+    """Filled with each layer's weights, float[1, A, Q, P], when theirs runs."""
+    kept: list[Tensor] = []
+    for layer in theirs.qformer.encoder.layer:
+        if layer.has_cross_attention:
+            layer.crossattention.attention.register_forward_hook(lambda _, __, output: kept.append(output[1]))
+    return kept
+
+
+def test_evidence_and_attention_are_what_theirs_has(retrieval: tuple[Any, Blip2]):
+    theirs, ours = retrieval
+    (picture,) = pictures(1)
+    kept = cross_attention(theirs)
+    ids = ours.text_ids([TEXT])
+    found = theirs(
+        pixel_values=pixels(ours, [picture]),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        use_image_text_matching_head=True,
+    )
+    logits = found.logits_per_image[0]
+    slopes = torch.autograd.grad(logits[1] - logits[0], kept)
+    assert len(kept) == 2
+    parts = [(weight * slope).clamp(min=0)[0].mean(0).sum(0) for weight, slope in zip(kept, slopes, strict=True)]
+    for layer, which in ((0, [0]), (2, [1]), (None, [0, 1])):
+        mine = explain.match(ours, picture, TEXT, layer)
+        expected = torch.stack([kept[number][0].mean(0) for number in which]).mean(0)
+        torch.testing.assert_close(mine.attention, expected.detach(), **CLOSE)
+        assert mine.evidence is not None
+        assert mine.evidence.max() > 1e-3
+        torch.testing.assert_close(mine.evidence, torch.stack([parts[number] for number in which]).mean(0), **CLOSE)
