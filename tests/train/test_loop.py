@@ -345,7 +345,7 @@ def test_the_command_prints_the_model_s_folder_and_a_stop_is_exit_code_130(
 ):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(tiny.recipe(shapes, tmp_path / "run")))  # JSON is YAML
-    monkeypatch.setattr(parts, "named_parts", lambda _: tiny.parts())
+    monkeypatch.setattr(parts, "named_parts", lambda *_: tiny.parts())
     command.train(str(recipe), ["steps=1"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "model")
 
