@@ -42,25 +42,39 @@ def cross_attention(theirs: Any) -> list[Tensor]:
     return kept
 
 
+def contributions(theirs: Any, ours: Blip2, picture: Any, kept: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """Weight times slope of each layer that crosses, float[A, Q, P], of a text some of whose tokens are hidden."""
+    kept.clear()
+    ids = ours.text_ids([TEXT])
+    found = theirs(
+        pixel_values=pixels(ours, [picture]), input_ids=ids, attention_mask=mask, use_image_text_matching_head=True
+    )
+    logits = found.logits_per_image[0]
+    slopes = torch.autograd.grad(logits[1] - logits[0], kept)
+    return [(weight * slope)[0].detach() for weight, slope in zip(kept, slopes, strict=True)]
+
+
 def test_evidence_and_attention_are_what_theirs_has(retrieval: tuple[Any, Blip2]):
     theirs, ours = retrieval
     (picture,) = pictures(1)
     kept = cross_attention(theirs)
-    ids = ours.text_ids([TEXT])
-    found = theirs(
-        pixel_values=pixels(ours, [picture]),
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        use_image_text_matching_head=True,
-    )
-    logits = found.logits_per_image[0]
-    slopes = torch.autograd.grad(logits[1] - logits[0], kept)
+    mask = torch.ones_like(ours.text_ids([TEXT]))
+    hidden = mask.clone()
+    hidden[0, 3] = 0  # [CLS] and two words stand before it
+    without = contributions(theirs, ours, picture, kept, hidden)
+    whole = contributions(theirs, ours, picture, kept, mask)
+    looked = [weight[0].mean(0).detach() for weight in kept]
     assert len(kept) == 2
-    parts = [(weight * slope).clamp(min=0)[0].mean(0).sum(0) for weight, slope in zip(kept, slopes, strict=True)]
+
+    def evidence(parts: list[Tensor]) -> Tensor:
+        return torch.stack([part.clamp(min=0).mean(0).sum(0) for part in parts]).mean(0)
+
     for layer, which in ((0, [0]), (2, [1]), (None, [0, 1])):
         mine = explain.match(ours, picture, TEXT, layer)
-        expected = torch.stack([kept[number][0].mean(0) for number in which]).mean(0)
-        torch.testing.assert_close(mine.attention, expected.detach(), **CLOSE)
+        torch.testing.assert_close(mine.attention, torch.stack([looked[each] for each in which]).mean(0), **CLOSE)
         assert mine.evidence is not None
         assert mine.evidence.max() > 1e-3
-        torch.testing.assert_close(mine.evidence, torch.stack([parts[number] for number in which]).mean(0), **CLOSE)
+        torch.testing.assert_close(mine.evidence, evidence([whole[each] for each in which]), **CLOSE)
+        assert mine.words[2].text == "w30"
+        lost = evidence([whole[each] - without[each] for each in which])
+        torch.testing.assert_close(mine.words[2].evidence, lost, **CLOSE)
