@@ -299,8 +299,8 @@ class ImageIndex:
         if found is None:
             return self._scanned(query, wanted, k)
         near, upto = found
-        rows = np.union1d(np.searchsorted(self._serials, near), self._scanned(query, wanted[serials >= upto], k))
-        return rows if len(rows) >= k else self._scanned(query, wanted, k)
+        rows = np.union1d(np.searchsorted(self._serials, near), wanted[serials >= upto])
+        return self._scanned(query, rows if len(rows) >= k else wanted, k)
 
     def _scanned(self, query: Query, wanted: NDArray[np.int64], k: int) -> NDArray[np.int64]:
         """The same by comparing all of them."""

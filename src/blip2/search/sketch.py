@@ -23,7 +23,7 @@ from blip2.search.store import Rest, Segment
 DIRECTIONS = 128  # numbers an image; docs/search.md has what they find
 SAMPLE = 2048  # images that the directions are learned from
 DEPTH = 512  # candidates
-BLOCK = 2048  # images that are turned to float32 at once; measured
+BLOCK = 8192  # images that are turned to float32 at once; measured
 
 
 class Sketch:
