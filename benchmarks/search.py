@@ -101,16 +101,23 @@ def repeated(vectors: Tensor, count: int) -> Tensor:
 
 
 def least(vectors: Tensor, queries: Sequence[Query]) -> list[float]:
-    """The score of the exact answer's last place, for each search; all in one pass over the vectors."""
-    values = np.concatenate(
-        [
-            np.stack([nearest.scan(block, np.arange(len(block)), query) for query in queries], axis=1)
-            for block in vectors.split(nearest.SCANNED)
-        ]
-    )  # (N, M)
+    """The score of the exact answer's last place, for each search; all of a kind, in one pass over the vectors."""
+    values = torch.cat([_roughly(block.float(), queries) for block in vectors.split(nearest.SCANNED)]).numpy()  # (N, M)
     near = (nearest.best(column, TOP) for column in values.T)  # all that can be among them
     pairs = zip(near, queries, strict=True)
     return [float(nearest.scores(vectors[torch.from_numpy(rows)], query).topk(TOP).values[-1]) for rows, query in pairs]
+
+
+def _roughly(block: Tensor, queries: Sequence[Query]) -> Tensor:
+    """Similarities float32[B, M] of float32[B, Q, E], as `nearest.scan` has them."""
+    found = torch.zeros(len(block), len(queries))
+    for parts in zip(*(query.parts for query in queries), strict=True):
+        asked = torch.stack([part for _, part in parts])  # (M, E) or (M, Q, E)
+        if asked.ndim == 2:
+            found += parts[0][0] * (block @ asked.T).amax(1)
+        else:
+            found += parts[0][0] / block.shape[1] * (block.flatten(1) @ asked.flatten(1).T)
+    return found
 
 
 def built(vectors: Tensor, store: Store) -> dict[str, Any]:
