@@ -1,7 +1,7 @@
 """Candidates among very many images: files beside the segments that know about where each image is.
 
-What is near to a text, `lists` finds; what is near to a picture, `sketch`; the candidates are compared exactly
-afterwards.
+What is near to a picture, `sketch` finds; what is near to a text, `sketch` and `lists`, as one misses what the other
+does not; the candidates are compared exactly afterwards.
 """
 
 from __future__ import annotations
@@ -130,16 +130,15 @@ class Shortlists:
         Returns:
             None where a shortlist that the query needs is not there.
         """
-        asked: list[tuple[Shortlist, Candidates]] = []
-        if query.text is not None and self._collection.shortlist and self._lists:
+        asked: list[tuple[Shortlist | None, Candidates | None]] = [(self._collection.sketch, self._sketch)]
+        if query.text is not None:
             asked.append((self._collection.shortlist, self._lists))
-        if query.image is not None and self._collection.sketch and self._sketch:
-            asked.append((self._collection.sketch, self._sketch))
-        if len(asked) < len(query.parts):
+        there = [(known, each) for known, each in asked if known and each]
+        if len(there) < len(asked):
             return None
-        upto = min(known.upto for known, _ in asked)
+        upto = min(known.upto for known, _ in there)
         inside = wanted[wanted < upto]
-        found = [each.near(query, queries, None if len(inside) == known.upto else inside, k) for known, each in asked]
+        found = [each.near(query, queries, None if len(inside) == known.upto else inside, k) for known, each in there]
         return np.unique(np.concatenate(found)), upto
 
 

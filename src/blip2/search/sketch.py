@@ -1,7 +1,8 @@
-"""Candidates for a picture, by torch alone: what is left of images' vectors in their main directions.
+"""Candidates for a picture or a text, by torch alone: what is left of images' vectors in their main directions.
 
 The similarity of two images is the product of their vectors laid end to end, which a few directions keep almost whole;
-with a text beside, it is the largest of Q such products. So all images are compared at a thirtieth of the cost.
+that of a text, alone or beside a picture, is the largest of Q such products. So all images are compared at a
+thirtieth of the cost.
 
 Letters: N images, Q queries an image, E width of the image-text space, W directions, J products.
 """
@@ -85,11 +86,8 @@ class Sketch:
 
 def _laid_out(query: Query, queries: int) -> Tensor:
     """float32[J, Q * E]: an image's similarity is the largest of its products with these."""
-    (weight, image), *_ = [(weight, part) for weight, part in query.parts if part.ndim == 2]
-    whole = weight / queries * image  # (Q, E)
-    if query.text is None:
-        return whole.reshape(1, -1)
-    many = whole.repeat(queries, 1, 1)  # (Q, Q, E)
-    each = torch.arange(queries)
-    many[each, each] += query.weight * query.text
-    return many.flatten(1)
+    rows = torch.zeros(1, 1, 1)
+    for weight, part in query.parts:
+        each = torch.eye(queries)[..., None] if part.ndim == 1 else 1 / queries  # a text stands for any one vector
+        rows = rows + weight * each * part  # (J, Q, E)
+    return rows.flatten(1)
