@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from blip2.config import PartConfig, QFormerConfig, T5Config
+from blip2.config import PartConfig, T5Config
 from blip2.errors import CheckpointError
 
 MOST = 2**20  # of any number: three of them in one shape are still a number of bytes that torch can count
@@ -40,9 +40,7 @@ def _check_shape(part: Any, where: str, tensors: int) -> None:
     if isinstance(part, T5Config):
         if part.buckets < 4 or part.max_distance <= part.buckets // 2:
             raise CheckpointError(f"{where}: {part.buckets} buckets cannot hold distances up to {part.max_distance}")
+        if part.start_id >= part.vocab_size:
+            raise CheckpointError(f"{where}: our start_id would be {part.start_id}, of {part.vocab_size} words")
     elif part.width % part.heads:
         raise CheckpointError(f"{where}: {part.heads} heads cannot share a width of {part.width}")
-    if isinstance(part, T5Config) or (isinstance(part, QFormerConfig) and part.text):
-        for name in (name for name in vars(part) if name.endswith("_id")):
-            if getattr(part, name) >= part.vocab_size:
-                raise CheckpointError(f"{where}: our {name} would be {getattr(part, name)}, of {part.vocab_size} words")
