@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def speed(results: dict[str, Any]) -> str:
             (f"{what} ({model})", side, f"{line.seconds:.2f}", _x(line.ratio), _x(line.fastest), _x(line.asked),
              f"{line.limit:.2f}" if line.limit else "", _x(times), remarks)
         )  # fmt: skip
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def memory(results: dict[str, Any]) -> str:
@@ -164,7 +164,7 @@ def memory(results: dict[str, Any]) -> str:
             sizes = (f"{peak[name] / 1e9:.2f}" for name in ("resident", "anonymous"))
             least = f"{peak['limit'] / 1e9:.2f}" if "limit" in peak else ""
             rows.append((model, who, *sizes, least, asked))
-    return _table(("model", "side", "resident, GB", "of it anonymous", "its weights alone", "asked"), rows)
+    return table(("model", "side", "resident, GB", "of it anonymous", "its weights alone", "asked"), rows)
 
 
 def start(results: dict[str, Any]) -> str:
@@ -179,7 +179,7 @@ def start(results: dict[str, Any]) -> str:
     ]
     if "error" in found:
         rows.append(("failed", "", "", found["error"]))
-    return _table(("mini", "seconds, median", "runs", "asked"), rows)
+    return table(("mini", "seconds, median", "runs", "asked"), rows)
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -193,7 +193,7 @@ def machine(results: dict[str, Any]) -> str:
         *((f"multiplies {name}", f"{rate / 1e9:.0f} Gop a second") for name, rate in rates["operations"].items()),
         ("command", f"`{results['command']}`"),
     ]
-    return _table(("machine", ""), rows)
+    return table(("machine", ""), rows)
 
 
 def training(results: dict[str, Any]) -> str:
@@ -208,7 +208,7 @@ def _x(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in cells)
 
@@ -224,9 +224,9 @@ def plot(results: dict[str, Any]) -> str:
     return drawing.bars(groups)
 
 
-def filled(page: str, results: dict[str, Any]) -> str:
+def filled(page: str, results: dict[str, Any], made: Mapping[str, Callable[[dict[str, Any]], str]] = TABLES) -> str:
     """A page with the tables between its marks written anew."""
-    return MARKS.sub(lambda found: f"{found[1]}{TABLES[found[2]](results)}{found[3]}", page)
+    return MARKS.sub(lambda found: f"{found[1]}{made[found[2]](results)}{found[3]}", page)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _REMOVED = re.compile(r'[.!"()*#:;~]')  # punctuation that the published models' texts lost
 WORDS = 50  # of a text, as published
+_DAMAGED = "the tokenizer gives up: its tokenizer.json is damaged; get the model's files again"
 
 IMAGE = "<image>"  # in a prompt, where an image stands
 
@@ -126,7 +128,8 @@ class Tokenizer:
         """Ids of each text, cut on the right to `max_length` (the frame included and kept)."""
         if self.frame is None and not any(texts):  # no tokens: what reads many of them need not be there
             return [[] for _ in texts]
-        encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
+        with understood(_DAMAGED, panics_only=True):
+            encodings = self.rust.encode_batch(list(texts), add_special_tokens=False)
         if self.frame is None:
             return [encoding.ids[:max_length] for encoding in encodings]
         room = None if max_length is None else max_length - 2
@@ -163,7 +166,8 @@ class Tokenizer:
         """Text of some ids, special tokens left out."""
         if self.spelling is not None:
             return self.spelling.decode(ids)
-        return self.rust.decode(list(ids), skip_special_tokens=True)
+        with understood(_DAMAGED, panics_only=True):
+            return self.rust.decode(list(ids), skip_special_tokens=True)
 
     def batch(self, texts: Sequence[str], max_length: int | None = None) -> Tensor:
         """`encode` as int64[B, T], right-padded with `pad`."""
@@ -174,13 +178,29 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     """A tokenizer.json, its own truncation and padding off."""
     import tokenizers
 
-    try:
+    with understood(f"{path}: not a readable tokenizer.json"):
         rust = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path}: not a readable tokenizer.json: {error}") from None
-    rust.no_padding()
-    rust.no_truncation()
+        rust.no_padding()
+        rust.no_truncation()
     return rust
+
+
+@contextmanager
+def understood(problem: str, *, panics_only: bool = False) -> Generator[None]:
+    """What the tokenizers library cannot read, as one error: it raises bare Exception, and what is less than that.
+
+    Args:
+        panics_only: other errors are the caller's, not the file's.
+    Raises:
+        CheckpointError: with what the library says of the problem.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panics = type(error).__name__ == "PanicException"
+        if not panics and (panics_only or not isinstance(error, Exception)):  # such as Ctrl-C
+            raise
+        raise CheckpointError(f"{problem}: {str(error).partition(chr(10))[0]}") from None
 
 
 def plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,12 +11,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
+import tiny_model
+from blip2.cli.measured import Measurement
 from blip2.errors import DataError
-from blip2.evaluate.kept import Kept, Row, keeping
+from blip2.evaluate.kept import Kept, Row, identity, keeping
+from blip2.packed import PackedLinear, pack_layers, packs
 
 ABOUT = {"task": "caption", "model": "mini"}
 
@@ -140,3 +146,42 @@ def test_a_run_that_is_killed_goes_on_to_what_an_undisturbed_one_finds(folder: P
     numbers = [json.loads((out / "numbers.json").read_text())["numbers"] for out in (whole, killed)]
     assert numbers[0] == numbers[1]
     assert journal.read_bytes().count(b"\n") == 24
+
+
+def test_a_part_that_was_exchanged_is_another_model() -> None:
+    """The models say the same of themselves; one value in a part differs, and nothing that a feature comes from."""
+    model = tiny_model.build()
+    own = identity(model)
+    assert identity(tiny_model.build()) == own
+    for name in ("language", "encoder", "bridge"):
+        other = tiny_model.build()
+        with torch.no_grad():
+            next(iter(getattr(other, name).parameters())).flatten()[0].add_(1)
+        assert identity(other) != own, name
+    assert model.tokenizer is not None
+    assert identity(dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, bos=5))) != own
+
+
+def test_packed_weights_are_the_same_model() -> None:
+    """What the CPU reads its products from has another layout and the same values."""
+    layer = torch.nn.Sequential(torch.nn.Linear(256, 256)).requires_grad_(False)  # large enough to be packed
+    model = dataclasses.replace(tiny_model.build(), language=cast(Any, layer))
+    own = identity(model)
+    pack_layers(layer)
+    assert isinstance(layer[0], PackedLinear)
+    layer[0].pack()
+    assert identity(model) == own
+    assert layer[0].is_packed == packs(torch.zeros(256, 256))
+
+
+def test_a_resumed_command_refuses_another_language_model(tmp_path: Path) -> None:
+    one, other = tiny_model.build(), tiny_model.build()
+    with torch.no_grad():
+        cast("torch.nn.Module", other.language).get_parameter("model.lm_head.weight").mul_(2)
+    run = Measurement("caption", tmp_path / "run", None, {"data": "d", "model": "m", "quantize": None})
+    with run.with_model(one, ["a"]).kept():
+        pass
+    with run.with_model(tiny_model.build(), ["a"]).kept():
+        pass
+    with pytest.raises(DataError, match="holds a run with identity"), run.with_model(other, ["a"]).kept():
+        pass

@@ -195,7 +195,7 @@ def damaged(theirs: Any, place: Path, change: str) -> None:
         ('text_config model_type "llama"', "kind 'llama'"),
         ('qformer_config hidden_act "relu"', "hidden_act is 'relu', only 'gelu' is known"),
         ('vision_config hidden_act "relu"', "Input should be 'gelu' or 'quick_gelu'"),
-        ("vision_config num_hidden_layers 1000000000", "1000000000 layers, and the checkpoint has 1"),
+        ("vision_config num_hidden_layers 1000000000", "our layers would be 1000000000, not 1 to 1,048,576"),
         ("vision_config num_attention_heads 5", "5 heads cannot share a width of 12"),
         ("qformer_config cross_attention_frequency 0", "our cross_attention_every would be 0|cannot be understood"),
         ('vision_config hidden_size "wide"', "cannot be understood"),

@@ -205,6 +205,11 @@ def test_a_model_in_our_own_format_becomes_coarse_too_and_lies_on_one_device(tmp
         ({"device_map": {"bridge": "disk"}}, "'bridge' is no block of this model"),
         ({"device_map": {"": "tpu"}}, "device 'tpu' is none"),
         ({"device_map": {"": 63}}, "cuda:63"),
+        ({"device_map": {"": 1.5}}, "device_map: '': 1.5 is no place; name a block, and a device"),
+        ({"device_map": {"vision": None}}, "device_map: 'vision': None is no place"),
+        ({"device_map": {"vision": True}}, "device_map: 'vision': True is no place"),
+        ({"device_map": {3: "cpu", "x": "cpu"}}, "device_map: 3: 'cpu' is no place"),
+        ({"device_map": ["cpu"]}, "device_map \\['cpu'\\] is none"),
     ],
 )
 def test_what_cannot_be_placed_is_named(folder: Path, options: dict[str, Any], message: str):

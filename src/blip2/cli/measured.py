@@ -66,8 +66,10 @@ class Measurement:
             samples: ids and words of the whole set.
             settings: of the protocol.
         """
+        from blip2.evaluate.kept import identity
+
         kind = str(model.dtype).removeprefix("torch.")
-        read = {"samples": digest(samples), "identity": model.identity[:16], "dtype": kind}
+        read = {"samples": digest(samples), "identity": identity(model), "dtype": kind}
         return dataclasses.replace(self, about={**self.about, **read, **settings})
 
     @contextmanager

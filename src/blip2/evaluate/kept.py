@@ -6,6 +6,7 @@ lines. What is finished is never done again; what a kill cut short is done anew,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -16,13 +17,16 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from torch import nn
 
+from blip2.blip2 import Blip2
 from blip2.errors import DataError
 from blip2.files import replacing
 
 Row = dict[str, Any]
 T = TypeVar("T")
 
+SAMPLED = 64  # values of a tensor that tell a model from another
 _RUN, _JOURNAL, _BLOCKS = "run.json", "journal.jsonl", "blocks"
 
 
@@ -109,6 +113,27 @@ class Kept:
         if torn:
             with replacing(path) as partial:
                 partial.write_bytes(whole + newline)
+
+
+def identity(model: Blip2) -> str:
+    """What tells a model from another, all of its parts with it: 16 hexadecimal digits.
+
+    A digest of the model's own identity (its files, or the frozen parts' digests), of the special tokens, and of name,
+    shape, type and some values of each tensor in memory, wherever it came from. Packed layers are read one by one.
+    """
+    found = hashlib.sha256(model.identity.encode())
+    for tokenizer in (model.tokenizer, model.text_tokenizer):
+        ids = tokenizer and (tokenizer.bos, tokenizer.pad, tokenizer.stop_ids, tokenizer.end, tokenizer.frame)
+        found.update(repr(ids).encode())
+    for part in (model.encoder, model.bridge, model.language):
+        for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
+            whole = any(True for _ in module.children())
+            state = dict(module.named_parameters(recurse=False)) if whole else module.state_dict()
+            for name, tensor in state.items():
+                values = tensor.detach().flatten()
+                some = values[:: max(1, len(values) // SAMPLED)].float().cpu()
+                found.update(f"{path}.{name}{list(tensor.shape)}{tensor.dtype}".encode() + some.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class Beam:
 
     def __post_init__(self) -> None:
         _require(self.width >= 1, f"width must be at least 1, not {self.width}")
+        _require(abs(self.length_penalty) <= 50, f"length_penalty must be from -50 to 50, not {self.length_penalty}")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from blip2.results import ImageFeatures
 from blip2.search import nearest, shortlist, table, where
 from blip2.search.duplicates import linked, similarities
 from blip2.search.nearest import Query
+from blip2.search.shortlist import Shortlists
 from blip2.search.store import Collection, File, Segment, Store
 from blip2.search.update import Embedder, Paths, refreshed
 
@@ -240,11 +241,8 @@ class ImageIndex:
         return np.cumsum([len(segment) for segment in self.collection.segments])
 
     @cached_property
-    def _shortlist(self) -> Any | None:
-        """The FAISS index, where there is one that can be used."""
-        if self.store is None or self.collection.shortlist is None:
-            return None
-        return shortlist.opened(self.store.directory, self.collection.shortlist)
+    def _shortlists(self) -> Shortlists | None:
+        return Shortlists(self.store.directory, self.collection) if self.store else None
 
     def _places(self, rows: NDArray[np.int64]) -> Iterator[tuple[Segment, NDArray[np.bool_], NDArray[np.int64]]]:
         """Each segment that has some of the rows, which of them it has, and where it has them."""
@@ -293,17 +291,16 @@ class ImageIndex:
 
     def _nearest(self, query: Query, wanted: NDArray[np.int64], k: int) -> NDArray[np.int64]:
         """Rows among which are the k nearest of the wanted ones."""
-        known, index = self.collection.shortlist, self._shortlist
         if len(wanted) <= k:
             return wanted
-        queries = self.collection.segments[0].vectors.shape[1]
-        if known is None or index is None or len(wanted) * queries <= shortlist.SCAN_LIMIT:
+        queries, serials = self.collection.segments[0].vectors.shape[1], self._serials[wanted]
+        known = self._shortlists if len(wanted) * queries > shortlist.SCAN_LIMIT else None
+        found = known.near(query, queries, serials, k) if known else None
+        if found is None:
             return self._scanned(query, wanted, k)
-        inside = self._serials[wanted] < known.upto
-        chosen = None if inside.sum() == known.upto else self._serials[wanted[inside]]
-        serials = shortlist.candidates(index, query, queries, chosen, k)
-        found = np.union1d(np.searchsorted(self._serials, serials), self._scanned(query, wanted[~inside], k))
-        return found if len(found) >= k else self._scanned(query, wanted, k)
+        near, upto = found
+        rows = np.union1d(np.searchsorted(self._serials, near), wanted[serials >= upto])
+        return self._scanned(query, rows if len(rows) >= k else wanted, k)
 
     def _scanned(self, query: Query, wanted: NDArray[np.int64], k: int) -> NDArray[np.int64]:
         """The same by comparing all of them."""

@@ -1,97 +1,159 @@
-"""Candidates among very many images, by FAISS: inverted lists of 8-bit vectors, a vector of an image an entry.
+"""Candidates among very many images: files beside the segments that know about where each image is.
 
-A text is one vector, so the images that hold its nearest vectors are the nearest images; they are compared exactly
-afterwards. An entry's number is `serial * Q + query`, which stays true while segments are merged.
-
-Letters: N images, Q queries an image, E width of the image-text space.
+What is near to a picture, `sketch` finds; what is near to a text, `sketch` and `lists`, as one misses what the other
+does not; the candidates are compared exactly afterwards.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
-import torch
+import safetensors
 from numpy.typing import NDArray
 
-from blip2.errors import DataError
+from blip2.errors import DataError, MissingExtraError
 from blip2.files import replacing
+from blip2.search.lists import Lists
 from blip2.search.nearest import Query
-from blip2.search.store import Collection, Segment, Shortlist, Store
+from blip2.search.sketch import Sketch
+from blip2.search.store import Collection, Rest, Segment, Shortlist, Store
 
 SCAN_LIMIT = 160_000  # vectors that are compared one by one within 20 ms: 5,000 images of 32, 10,000 of 16
-CELLS_PER_ROOT = 2  # cells: so many times the square root of the number of vectors
-TRAINING = 40  # vectors a cell that its place is learned from; FAISS asks for 39
-PROBES = 32  # cells that are looked into for a text
-GROWTH = 4  # cells are chosen anew when there are so many times the vectors
-ADDED = 4096  # images in memory at once
+GROWTH = 4  # what was learned from the vectors is learned anew when there are so many times as many
 
-_WITHOUT = 'all vectors are compared one by one; pip install "blip2[search]" makes it faster'
+C = TypeVar("C", bound="Candidates")
 
 _log = logging.getLogger(__name__)
 
 
-def faiss() -> Any | None:
-    """The library, where it is installed."""
-    try:
-        import faiss as library
-    except ImportError:
-        return None
-    return library
+class Candidates(Protocol):
+    """Images, roughly: what a shortlist's file holds."""
+
+    suffix: str
+
+    @classmethod
+    def learned(cls, segments: Sequence[Segment]) -> Self:
+        """Without an image yet, fit for images like these."""
+        ...
+
+    @classmethod
+    def read(cls, path: Path, *, mapped: bool) -> Self:
+        """As it was written; where it lies on the disk, if it is not to grow."""
+        ...
+
+    def write(self, path: Path) -> None: ...
+
+    def add(self, rest: Rest) -> None:
+        """More images, by their serials, which are above those of all before them."""
+        ...
+
+    def near(self, query: Query, queries: int, wanted: NDArray[np.int64] | None, k: int) -> NDArray[np.int64]:
+        """Serials of images near to a query, in no order; some k and more.
+
+        Args:
+            queries: vectors an image has.
+            wanted: serials to choose from, all where None.
+        """
+        ...
 
 
 def renewed(store: Store, collection: Collection) -> Collection:
-    """The collection with a shortlist that covers it, where it is large enough to need one; written.
+    """The collection with shortlists that cover it, where it is large enough to need them; written.
 
     Raises:
         DataError: the disk is full or cannot be written.
     """
+    made = replace(
+        collection,
+        shortlist=_renewed(store, collection, collection.shortlist, Lists),
+        sketch=_renewed(store, collection, collection.sketch, Sketch),
+    )
+    return collection if made == collection else store.write(made)
+
+
+def _renewed(store: Store, collection: Collection, known: Shortlist | None, kind: type[Candidates]) -> Shortlist | None:
     vectors = _count(_beyond(collection.segments, 0))
-    known = collection.shortlist
     if known is not None and not _is_whole(store.directory, known):
         known = None
     if vectors <= SCAN_LIMIT or _count(_beyond(collection.segments, known.upto if known else 0)) <= SCAN_LIMIT // 2:
-        return collection
-    library = faiss()
-    if library is None:
-        _log.warning("%s: %s", store.directory, _WITHOUT)
-        return collection
-    index = None
+        return known
+    found = None
     if known is not None and vectors <= GROWTH * known.trained:
-        index = opened(store.directory, known, mapped=False)
-    if known is None or index is None:
-        index, known = _trained(library, collection.segments, vectors), Shortlist("", 0, 0, vectors)
-    _add(index, _beyond(collection.segments, known.upto))
-    path = store.directory / f"{secrets.token_hex(8)}.faiss"
+        found = opened(store.directory, known, kind, mapped=False)
+    try:
+        if known is None or found is None:
+            found, known = kind.learned(collection.segments), Shortlist("", 0, 0, vectors)
+    except MissingExtraError as error:
+        _log.warning("%s: all vectors are compared one by one: %s", store.directory, error)
+        return known
+    found.add(_beyond(collection.segments, known.upto))
+    path = store.directory / (secrets.token_hex(8) + kind.suffix)
     try:
         with replacing(path) as partial:
-            library.write_index(index, str(partial))
-        shortlist = Shortlist(path.name, path.stat().st_size, collection.next_serial, known.trained)
-    except (OSError, RuntimeError) as error:  # what faiss raises on a full disk
+            found.write(partial)
+        return Shortlist(path.name, path.stat().st_size, collection.next_serial, known.trained)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # of a full disk, by either library
         raise DataError(f"{path}: cannot be written ({error}); make room, and run again") from error
-    return store.write(replace(collection, shortlist=shortlist))
 
 
-def opened(directory: Path, shortlist: Shortlist, *, mapped: bool = True) -> Any | None:
-    """The FAISS index, read where it lies on the disk unless it is to grow; None, with a warning, where it cannot."""
-    library = faiss()
-    if library is None:
-        _log.warning("%s: %s", directory, _WITHOUT)
-        return None
+class Shortlists:
+    """The shortlists of an index on the disk, each read when it is first asked."""
+
+    def __init__(self, directory: Path, collection: Collection) -> None:
+        self._directory, self._collection = directory, collection
+
+    @cached_property
+    def _lists(self) -> Lists | None:
+        known = self._collection.shortlist
+        return opened(self._directory, known, Lists) if known else None
+
+    @cached_property
+    def _sketch(self) -> Sketch | None:
+        known = self._collection.sketch
+        return opened(self._directory, known, Sketch) if known else None
+
+    def near(
+        self, query: Query, queries: int, wanted: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.int64], int] | None:
+        """Serials of images near to a query, in no order, and from which serial on images are not known.
+
+        Args:
+            queries: vectors an image has.
+            wanted: serials to choose from, growing.
+        Returns:
+            None where a shortlist that the query needs is not there.
+        """
+        asked: list[tuple[Shortlist | None, Candidates | None]] = [(self._collection.sketch, self._sketch)]
+        if query.text is not None:
+            asked.append((self._collection.shortlist, self._lists))
+        there = [(known, each) for known, each in asked if known and each]
+        if len(there) < len(asked):
+            return None
+        upto = min(known.upto for known, _ in there)
+        inside = wanted[wanted < upto]
+        found = [each.near(query, queries, None if len(inside) == known.upto else inside, k) for known, each in there]
+        return np.unique(np.concatenate(found)), upto
+
+
+def opened(directory: Path, shortlist: Shortlist, kind: type[C], *, mapped: bool = True) -> C | None:
+    """What a shortlist holds; None, with a warning, where it cannot be read."""
     path = directory / shortlist.name
     try:
         if not _is_whole(directory, shortlist):
-            raise RuntimeError("not as it was written")
-        return library.read_index(str(path), library.IO_FLAG_MMAP if mapped else 0)
-    except (OSError, RuntimeError) as error:
+            raise ValueError("not as it was written")
+        return kind.read(path, mapped=mapped)
+    except MissingExtraError as error:
+        _log.warning("%s: all vectors are compared one by one: %s", directory, error)
+    except (OSError, RuntimeError, ValueError, LookupError, safetensors.SafetensorError) as error:
         _log.warning("%s: is missing or damaged (%s); all vectors are compared one by one", path, error)
-        return None
+    return None
 
 
 def _is_whole(directory: Path, shortlist: Shortlist) -> bool:
@@ -99,60 +161,12 @@ def _is_whole(directory: Path, shortlist: Shortlist) -> bool:
     return path.is_file() and path.stat().st_size == shortlist.size
 
 
-def candidates(index: Any, query: Query, queries: int, wanted: NDArray[np.int64] | None, k: int) -> NDArray[np.int64]:
-    """Serials of images near to a query, in no order; some k and more.
-
-    Args:
-        queries: vectors an image has.
-        wanted: serials to choose from, all where None.
-    """
-    library: Any = faiss()
-    selector = None
-    if wanted is not None:
-        bits = np.zeros((int(wanted[-1]) + 1 if len(wanted) else 0) * queries, bool)
-        bits.reshape(-1, queries)[wanted] = True
-        selector = library.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
-    found: list[NDArray[np.int64]] = []
-    for _, part in query.parts:
-        # Of a text's entries an image may take several places; an image is searched by Q vectors, none of them deeply.
-        depth, probes = (max(256, 4 * k * queries), PROBES) if part.ndim == 1 else (max(128, 8 * k), PROBES // 4)
-        parameters = library.SearchParametersIVF(nprobe=probes, sel=selector)
-        found.append(index.search(np.atleast_2d(part.numpy()), depth, params=parameters)[1].reshape(-1))
-    entries = np.concatenate(found)
-    return np.unique(entries[entries >= 0] // queries)
-
-
-def _trained(library: Any, segments: Sequence[Segment], vectors: int) -> Any:
-    width = segments[0].vectors.shape[-1]
-    cells = 2 ** round(math.log2(CELLS_PER_ROOT * math.sqrt(vectors)))
-    index = library.IndexIVFScalarQuantizer(
-        library.IndexFlatIP(width), width, cells,
-        library.ScalarQuantizer.QT_8bit, library.METRIC_INNER_PRODUCT,
-    )  # fmt: skip
-    draw = np.random.default_rng(0)
-    share = min(1.0, TRAINING * cells / vectors)
-    sample = [
-        segment.vectors.view(-1, width)[torch.from_numpy(draw.random(_count([(segment, segment.serials)])) < share)]
-        for segment in segments
-    ]
-    index.train(np.concatenate([part.float().numpy() for part in sample]))
-    return index
-
-
-def _beyond(segments: Sequence[Segment], upto: int) -> list[tuple[Segment, NDArray[np.int64]]]:
+def _beyond(segments: Sequence[Segment], upto: int) -> Rest:
     """Segments with the rows whose serials are not below `upto`."""
     found = [(segment, np.flatnonzero(segment.serials >= upto)) for segment in segments]
     return [(segment, rows) for segment, rows in found if len(rows)]
 
 
-def _count(rest: Sequence[tuple[Segment, NDArray[np.int64]]]) -> int:
+def _count(rest: Rest) -> int:
     """Vectors of all these rows."""
     return sum(len(rows) * segment.vectors.shape[1] for segment, rows in rest)
-
-
-def _add(index: Any, rest: Sequence[tuple[Segment, NDArray[np.int64]]]) -> None:
-    for segment, rows in rest:
-        queries, width = segment.vectors.shape[1:]
-        for some in np.array_split(rows, math.ceil(len(rows) / ADDED)):
-            ids = segment.serials[some][:, None] * queries + np.arange(queries)
-            index.add_with_ids(segment.vectors[some].float().numpy().reshape(-1, width), ids.reshape(-1))

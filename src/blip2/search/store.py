@@ -77,6 +77,9 @@ class Segment:
         return replace(self, dead=self.dead | np.array([file[0] in paths for file in self.files], bool))
 
 
+Rest: TypeAlias = Sequence[tuple[Segment, NDArray[np.int64]]]  # segments and some of their rows, at least one
+
+
 def merged(segments: Sequence[Segment]) -> Segment:
     """The live images of some segments as one that is not written yet."""
     alive = [np.flatnonzero(~segment.dead) for segment in segments]
@@ -109,10 +112,10 @@ def tidied(segments: Sequence[Segment]) -> tuple[Segment, ...]:
 
 @dataclass(frozen=True)
 class Shortlist:
-    """A FAISS index of the images whose serials are below `upto`.
+    """A file that knows roughly where each image is whose serial is below `upto`.
 
     Attributes:
-        trained: vectors that there were when its cells were chosen.
+        trained: vectors that there were when it was learned where images are.
     """
 
     name: str
@@ -132,6 +135,8 @@ class Collection:
         roots: absolute files, folders and patterns that it is made of.
         failed: images that could not be read when it was last updated.
         next_serial: of the next image.
+        shortlist: of images near to a text, see `lists`.
+        sketch: of images near to an image, see `sketch`.
     """
 
     identity: str
@@ -142,6 +147,7 @@ class Collection:
     failed: tuple[Failure, ...] = ()
     next_serial: int = 0
     shortlist: Shortlist | None = None
+    sketch: Shortlist | None = None
 
     def files(self) -> dict[str, File]:
         """The live images by their paths."""
@@ -198,6 +204,7 @@ class _Manifest(_Strict):
     failed: list[Any]
     next_serial: int
     shortlist: _ShortlistEntry | None
+    sketch: _ShortlistEntry | None = None  # indexes had none before
 
 
 @dataclass(frozen=True)
@@ -271,8 +278,7 @@ class Store:
     def sweep(self, collection: Collection) -> None:
         """Remove what killed writers left, and what was merged."""
         named = {segment.name for segment in collection.segments}
-        if collection.shortlist is not None:
-            named.add(collection.shortlist.name)
+        named |= {known.name for known in (collection.shortlist, collection.sketch) if known}
         for path in self.directory.iterdir():
             if path.suffix in OWN_SUFFIXES and path.name not in named:
                 with suppress(OSError):  # still mapped by a reader, where the system minds: the next writer's
@@ -321,7 +327,7 @@ class Store:
             tuple(segments),
             failed,
             manifest.next_serial,
-            Shortlist(**manifest.shortlist.model_dump()) if manifest.shortlist else None,
+            *(Shortlist(**entry.model_dump()) if entry else None for entry in (manifest.shortlist, manifest.sketch)),
         )
 
     def _write_segment(self, segment: Segment) -> Segment:
@@ -355,6 +361,7 @@ def _manifest(collection: Collection) -> dict[str, Any]:
         "failed": [[str(failure.image), failure.error] for failure in collection.failed],
         "next_serial": collection.next_serial,
         "shortlist": asdict(collection.shortlist) if collection.shortlist else None,
+        "sketch": asdict(collection.sketch) if collection.sketch else None,
     }
 
 

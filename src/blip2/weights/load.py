@@ -23,6 +23,7 @@ from blip2.weights.fill import Part, fill
 from blip2.weights.placement import WHOLE, Memory, plan
 from blip2.weights.rules import same
 from blip2.weights.save import FROZEN_WORDS, LANGUAGE, TOKENIZERS, TokenizerIds
+from blip2.weights.sizes import check_sizes
 from blip2.weights.skeleton import build_language, skeleton
 from blip2.weights.tensors import Safetensors
 
@@ -53,17 +54,23 @@ def load(directory: Path, words: Tensor | None = None) -> Loaded:
         ConfigError: the configuration has an unknown key or a wrong value.
     """
     config = load_config(directory)
+    extra = {FROZEN_WORDS: words} if config.qformer.frozen_words and words is not None else {}
+    state = read_tensors(directory / "bridge.safetensors") | extra
+    parts = {"config": config, "vision": config.vision, "language": config.language, "text": config.text}
+    check_sizes(parts, directory)
+    check_sizes({"qformer": config.qformer}, directory, len(state))
     with skeleton():
         bridge = Bridge(config)
-    extra = {FROZEN_WORDS: words} if config.qformer.frozen_words and words is not None else {}
-    _fill(bridge, directory / "bridge.safetensors", extra)
+    _fill(bridge, directory / "bridge.safetensors", state)
     if config.qformer.frozen_words and config.qformer.text:
         bridge.qformer.words.weight.requires_grad_(False)
     vision = None
     if isinstance(config.vision, VisionConfig) and not (config.base and config.base.vision):
+        state = read_tensors(directory / "vision.safetensors")
+        check_sizes({"vision": config.vision}, directory, len(state))
         with skeleton():
             vision = VisionTransformer(config.vision)
-        _fill(vision, directory / "vision.safetensors", {})
+        _fill(vision, directory / "vision.safetensors", state)
         vision.requires_grad_(False).eval()
     vocabulary = None if config.vocabulary is None else load_vocabulary(directory, config.vocabulary)
     return Loaded(config, bridge.eval(), vision, vocabulary)
@@ -93,13 +100,15 @@ def load_language(
     Raises:
         CheckpointError: its file is missing, damaged, or does not fit.
     """
+    path = directory / LANGUAGE
+    tensors = Safetensors.open([path])
+    check_sizes({"language": config}, directory, len(tensors.names()))
     with skeleton():
         language = build_language(config)
-    path = directory / LANGUAGE
     rules = same({f"language.{name}": name for name in language.state_dict()})
     part = Part.of(language, dtype)
     home = plan({"language": language}, device, memory)
-    fill({"language": part}, rules, Safetensors.open([path]), path, home)
+    fill({"language": part}, rules, tensors, path, home)
     home.connect({"language": language})
     return language
 
@@ -170,8 +179,7 @@ def load_vocabulary(directory: Path, size: int) -> Tensor:
     return ids
 
 
-def _fill(module: nn.Module, path: Path, extra: Mapping[str, Tensor]) -> None:
+def _fill(module: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
     """Give a module on the meta device its weights, in float32."""
-    state = {name: tensor.float() for name, tensor in (read_tensors(path) | dict(extra)).items()}
     check_names(module, state, path)
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)

@@ -71,7 +71,7 @@ def save(model: Blip2, directory: Path) -> None:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise CheckpointError("PaddleNLP's format holds models that write, not those that match")
-    values = keys.values(model.config, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad)
+    values = keys.values(model.config, bos_id=tokenizer.bos, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad)
     theirs = to_theirs(maps.blip2(model.config), transformers.tensors_of(model), "this model")
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,14 @@ def check_map(given: Any) -> DeviceMap | None:
     Raises:
         ConfigError: it is neither `auto` nor places by name.
     """
-    if given is None or given == "auto" or isinstance(given, Mapping):
+    if given is None or given == "auto":
+        return given
+    if isinstance(given, Mapping):
+        for name, place in cast("Mapping[Any, Any]", given).items():
+            if not isinstance(name, str) or not isinstance(place, str | int) or isinstance(place, bool):
+                raise ConfigError(
+                    f"device_map: {name!r}: {place!r} is no place; name a block, and a device (cpu, cuda:0, 1) or disk"
+                )
         return given
     raise ConfigError(f"device_map {given!r} is none; use auto, or places by name; for one device use `device`")
 

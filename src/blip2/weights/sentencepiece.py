@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from blip2.errors import CheckpointError
+from blip2.text import understood
 
 LARGEST = 16 << 20  # bytes; T5's own file has 0.8 MB
 TABLE = 4 << 20  # bytes of its table of characters; T5's has 0.2 MB
@@ -59,14 +60,12 @@ def tokenizer(path: Path, extra_ids: int = EXTRA_IDS) -> Any:
 
     pieces = read(path)
     extra = [f"<extra_id_{number}>" for number in range(extra_ids - 1, -1, -1)]
-    try:
+    with understood(f"{path}: not a vocabulary of T5"):
         rust = tokenizers.Tokenizer(
             models.Unigram([*pieces.scores, *((word, 0.0) for word in extra)], pieces.unknown, byte_fallback=False)
         )
         if pieces.characters:
             rust.normalizer = normalizers.Precompiled(pieces.characters)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path}: not a vocabulary of T5: {error}") from None
     space: dict[str, Any] = {"replacement": _SPACE, "prepend_scheme": "always", "split": True}
     rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)])
     rust.decoder = decoders.Metaspace(**space)

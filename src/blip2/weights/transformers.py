@@ -160,7 +160,8 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
         if isinstance(model.encoder, nn.Module)
         else "float32"
     )
-    values = keys.values(model.config, stop_ids=stops, pad_id=tokenizer.pad if tokenizer else 0, dtype=kind)
+    bos, pad = (tokenizer.bos, tokenizer.pad) if tokenizer else (None, 0)
+    values = keys.values(model.config, bos_id=bos, stop_ids=stops, pad_id=pad, dtype=kind)
     state = tensors_of(model)
     rules = maps.blip2(model.config)
     ours = {name for rule in rules for name in rule.ours}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2.errors import CheckpointError
-from blip2.text import Tokenizer
+from blip2.text import Tokenizer, understood
 from blip2.weights import sentencepiece
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -41,10 +41,8 @@ def _byte_level(vocabulary: Path, merges: Path) -> Any:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    try:
+    with understood(f"{vocabulary}, {merges.name}: not a readable vocabulary"):
         rust = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{vocabulary}, {merges.name}: not a readable vocabulary: {error}") from None
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
     rust.add_special_tokens([token for token in _SPECIAL if rust.token_to_id(token) is not None])

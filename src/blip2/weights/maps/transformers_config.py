@@ -20,6 +20,7 @@ from blip2.config import (
     VisionConfig,
 )
 from blip2.errors import CheckpointError
+from blip2.weights.sizes import check_sizes
 
 # Ours to theirs, with what transformers takes where the file leaves a key out.
 VISION = {
@@ -130,17 +131,7 @@ def _config(values: Mapping[str, Any], source: object, names: Collection[str]) -
 def _check(config: Blip2Config, source: object, tensors: int) -> None:
     """Refuse sizes that no checkpoint has, before a module of them is made."""
     parts = {"vision_config": config.vision, "qformer_config": config.qformer, "text_config": config.language}
-    for key, part in parts.items():
-        if part is None or isinstance(part, PartConfig):
-            continue
-        numbers = {name: value for name, value in dataclasses.asdict(part).items() if type(value) is int}
-        low = [name for name, value in numbers.items() if value < (0 if name.endswith("_id") else 1)]
-        if low:
-            raise CheckpointError(f"{source}: {key}: our {low[0]} would be {numbers[low[0]]}")
-        if tensors and part.layers > tensors:
-            raise CheckpointError(f"{source}: {key}: {part.layers} layers, and the checkpoint has {tensors} tensors")
-        if not isinstance(part, T5Config) and part.width % part.heads:
-            raise CheckpointError(f"{source}: {key}: {part.heads} heads cannot share a width of {part.width}")
+    check_sizes({**parts, "config": config}, source, tensors)
     if config.vision.width != config.qformer.encoder_width:
         raise CheckpointError(
             f"{source}: qformer_config: encoder_hidden_size is {config.qformer.encoder_width}, "
@@ -192,10 +183,17 @@ def _refuse_others(values: Mapping[str, Any], fixed: Mapping[str, Any], where: s
 
 
 def values(
-    config: Blip2Config, *, stop_ids: Collection[int] = (), pad_id: int = 1, dtype: str = "float32"
+    config: Blip2Config,
+    *,
+    bos_id: int | None = None,
+    stop_ids: Collection[int] = (),
+    pad_id: int = 1,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """What transformers writes into `config.json` for a configuration of ours; `config` reads it back.
 
+    Args:
+        bos_id: of an OPT; None is transformers' own.
     Raises:
         CheckpointError: the format cannot hold the model.
     """
@@ -221,6 +219,7 @@ def values(
     }
     if isinstance(language, OPTConfig):
         text = {"model_type": "opt", "word_embed_proj_dim": language.width, **_write(language, OPT), **FIXED["opt"]}
+        text |= {} if bos_id is None else {"bos_token_id": bos_id}
         found["use_decoder_only_language_model"] = True
     elif isinstance(language, T5Config):
         text = {
