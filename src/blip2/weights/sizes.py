@@ -9,6 +9,7 @@ from blip2.config import PartConfig, T5Config
 from blip2.errors import CheckpointError
 
 MOST = 2**20  # of any number: three of them in one shape are still a number of bytes that torch can count
+MAY_BE_0 = ("adapter",)  # counts of what a model need not have
 
 
 def check_sizes(parts: Mapping[str, Any], source: object, tensors: int = 0) -> None:
@@ -24,7 +25,7 @@ def check_sizes(parts: Mapping[str, Any], source: object, tensors: int = 0) -> N
         if part is None:
             continue
         for name, value in vars(part).items():
-            low = 0 if name.endswith("_id") else 1
+            low = 0 if name.endswith("_id") or name in MAY_BE_0 else 1
             if type(value) is int and not low <= value <= MOST:
                 raise CheckpointError(f"{source}: {key}: our {name} would be {value}, not {low} to {MOST:,}")
             if type(value) is float and not 0 <= value < 1:  # a share, or what keeps a norm from dividing by nothing
