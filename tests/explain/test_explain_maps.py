@@ -60,7 +60,8 @@ def planted(model: Blip2, patch: int) -> tuple[Blip2, ImageFeatures]:
     patches[0, patch] = torch.randn(12, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         hidden = bridge.look(bridge.see(patches)).hidden
-    return dataclasses.replace(model, bridge=bridge), ImageFeatures(patches, hidden, hidden[..., :0])
+        vectors = bridge.image_vectors(hidden)
+    return dataclasses.replace(model, bridge=bridge), ImageFeatures(patches, hidden, vectors)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
