@@ -28,6 +28,7 @@ from blip2.quantize import QuantLinear
 LEAST = 2**16  # weights from which a layout pays: below it the call itself costs as much as the product
 USES = {torch.float32: 0, torch.bfloat16: 20}  # at five rows packing gains a third of its own time, and a twentieth
 LAID_FOR = 40  # rows: a layout for so many is as fast for one, and for 257, as those made for them
+BETWEEN_TRIMS = 16  # layers that are packed before what that freed goes back to the system
 
 
 class PackedLinear(nn.Linear):
@@ -170,9 +171,9 @@ def pack_layers(*modules: object) -> None:
             continue
         coarse = [child for child in module.modules() if isinstance(child, QuantLinear)]
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # each of these layouts is made by one
-            list(threads.map(QuantLinear.pack, coarse))
-        if coarse:
-            trim()
+            for start in range(0, len(coarse), BETWEEN_TRIMS):
+                list(threads.map(QuantLinear.pack, coarse[start : start + BETWEEN_TRIMS]))
+                trim()  # what the main thread laid out, other threads do not take again
         owners = Counter(id(weight) for child in module.modules() for weight in _plain_weights(child))
         for name in [name for name, _ in module.named_modules()]:  # names: a layer in a list would keep its weights
             child = module.get_submodule(name)
