@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blip2.cli.console import note, open_model
-from blip2.cli.evaluate import Data, Images, Layout, Limit, Split
+from blip2.cli.evaluate import Data, Images, Layout, Limit, Split, read_samples
 from blip2.cli.measured import bars, show
 from blip2.cli.options import Batch, Device, Dtype, Model, Quantize, check_out
 from blip2.errors import ConfigError, DataError
@@ -16,7 +16,7 @@ from blip2.files import replacing
 
 if TYPE_CHECKING:
     from blip2.calibration import Calibration
-    from blip2.data.sources import Format, Sample
+    from blip2.data.sources import Sample
     from blip2.evaluate.reliability import Pairs
 
 Samples = tuple["list[Sample]", "list[Sample]"]
@@ -134,16 +134,13 @@ def _samples(
     limit: int | None,
 ) -> Samples:
     """Pictures to fit on, and others to measure on."""
-    from blip2.data import sources
-
-    kind = cast("Format", format)
-    found = sources.read(data, kind, split=split, images=images)
+    found = read_samples(data, format, split, images)
     if test is None and test_split is None:
         found = found[:limit]
         if len(found) < 4:
             raise DataError(f"{data}: half of {len(found)} pictures is too few; give more, or others with --test")
         return found[::2], found[1::2]
-    held = sources.read(test or data, kind, split=test_split, images=images)
+    held = read_samples(test or data, format, test_split, images)
     if {str(sample.image) for sample in found} & {str(sample.image) for sample in held}:
         raise DataError(f"{test or data}: has pictures of the fit: what is measured on them is worth nothing")
     return found[:limit], held[:limit]

@@ -115,7 +115,7 @@ def caption(
     ```
     """
     run = Measurement.of("caption", data, model, quantize, out, report)
-    everything = _samples(data, format, split, images, unlabelled=out is not None)
+    everything = read_samples(data, format, split, images, unlabelled=out is not None)
     samples = everything[:limit]
     scored = _scored(samples)
     from blip2.evaluate import captioning, protocols, writing
@@ -197,7 +197,7 @@ def vqa(
     elif annotations is not None:
         raise ConfigError(f"{data}: --annotations goes with the questions .json of VQAv2 or OK-VQA")
     else:
-        samples = _samples(data, format, split, images, questions=questions)
+        samples = read_samples(data, format, split, images, questions=questions)
         asked = official.of_samples(samples, writing.vqa_kind)
     _check_answers(run, asked[:limit])
     opened = open_model(model, device, dtype, quantize)
@@ -274,7 +274,7 @@ def retrieval(
     ```
     """
     run = Measurement.of("retrieval", data, model, quantize, out, report)
-    samples = _samples(data, format, split, images)[:limit]
+    samples = read_samples(data, format, split, images)[:limit]
     from blip2.evaluate import protocols
     from blip2.evaluate import report as pages
     from blip2.evaluate.run import rank_pictures
@@ -352,7 +352,7 @@ def _gqa_numbers(asked: Sequence[Question], texts: Sequence[str]) -> dict[str, E
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _samples(
+def read_samples(
     data: str,
     format: str,
     split: str | None,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
 from blip2.cli.console import note, open_model
-from blip2.cli.evaluate import Data, Images, Layout, Limit, Split
+from blip2.cli.evaluate import Data, Images, Layout, Limit, Split, read_samples
 from blip2.cli.measured import Measurement, bars
 from blip2.cli.options import Batch, By, Calibrated, Device, Dtype, FitBy, Model, Quantize
 from blip2.errors import ConfigError
@@ -49,10 +49,9 @@ def filter(
     if not low <= threshold <= high:
         raise ConfigError(f"--threshold: by {by.value} it is a number from {low} to {high}, not {threshold:g}")
     from blip2 import filtering
-    from blip2.data import sources
 
     run = Measurement.of("filter", data, model, quantize, out, None)
-    samples = sources.read(data, cast("sources.Format", format), split=split, images=images)[:limit]
+    samples = read_samples(data, format, split, images)[:limit]
     filtering.check_texts(samples)
     opened = open_model(model, device, dtype, quantize, calibration or True)
     corrected = opened.calibration and dataclasses.asdict(opened.calibration)

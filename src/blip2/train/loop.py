@@ -76,10 +76,9 @@ def fit(recipe: Recipe, job: Job, world: World, folder: Folder, device: torch.de
             say(f"goes on from {last}")
     world.wait()  # nobody writes before all have read
     update = Update(recipe, world.wrap(job.objective), job.epoch_steps, state, world, device, precision)
-    gc.collect()
-    gc.freeze()  # pictures and words by the million, which stay: looking through them again took a tenth of a step
     parts = range(state.step * recipe.accumulate, recipe.steps * recipe.accumulate)
     with (
+        _unsearched(),
         _open_log(recipe, world, folder, state.step) as log,
         stop_signals() as stop,
         read_ahead(job.batches, parts, recipe.workers) as batches,
@@ -99,6 +98,17 @@ def fit(recipe: Recipe, job: Job, world: World, folder: Folder, device: torch.de
                     "the same command goes on from there"
                 )
     return finish(recipe, job, state, world, folder, device, sum(p.numel() for p in parameters.values()))
+
+
+@contextmanager
+def _unsearched() -> Generator[None]:
+    """Garbage is looked for among new objects only: pictures and words by the million took a tenth of a step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def validate(job: Job, state: State, world: World, folder: Folder, precision: Precision, log: Log | None) -> None:
