@@ -29,7 +29,8 @@ from benchmarks.loading import AnonymousMemory
 from blip2.config import OPT_2_7B, PRESETS
 from blip2.loading import load
 from blip2.model.opt import OPT
-from blip2.quantize import SCHEMES, QuantLinear, quantize_layers
+from blip2.quantize import SCHEMES, quantize_layers
+from blip2.quantize.linear import QuantLinear
 
 LAYERS, VOCABULARY = 2, 4096
 OUTLIERS = {11: 60.0, 512: 40.0, 1033: 50.0, 2047: 45.0}  # channels, and how many times the rest

@@ -14,7 +14,9 @@ from blip2.device import computes, fit_threads
 from blip2.model.language import Language
 from blip2.packed import pack_layers, reads_packed
 from blip2.products import multiplies_half, multiplies_whole_numbers, packing, reads_int8
-from blip2.quantize import Int8Linear, quantize_head, reads_int4
+from blip2.quantize import quantize_head
+from blip2.quantize.int4 import reads_int4
+from blip2.quantize.int8 import Int8Linear
 
 if TYPE_CHECKING:
     from blip2.blip2 import Blip2

@@ -20,7 +20,11 @@ from blip2.model.bridge import Bridge
 from blip2.model.opt import OPT
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
-from blip2.quantize import HalfLinear, Int4Linear, Int8Linear, QuantLinear, quantize_layers
+from blip2.quantize import quantize_layers
+from blip2.quantize.half import HalfLinear
+from blip2.quantize.int4 import Int4Linear
+from blip2.quantize.int8 import Int8Linear
+from blip2.quantize.linear import QuantLinear
 from blip2.weights import fill, placement, transformers
 from blip2.weights.placement import DISK, Home, Memory, plan
 from blip2.weights.skeleton import skeleton
