@@ -61,4 +61,6 @@ def test_a_machine_says_what_it_is_and_what_it_reaches(monkeypatch: pytest.Monke
 def test_weights_of_4_bits_are_multiplied_in_the_best_plain_type():
     rates = machine.Rates(1.0, {"float32": 2.0, "bfloat16": 3.0, "int8": 9.0})
     assert (rates.peak("int4"), rates.peak("int8"), rates.peak("float16")) == (3.0, 9.0, 3.0)
+    assert rates.peak("fp8") == 3.0  # made plain
+    assert machine.Rates(1.0, {"bfloat16": 3.0, "int8": 9.0, "fp8": 8.0}).peak("fp8") == 8.0
     assert machine.Rates(1.0, {"float32": 2.0}).peak("int8") == 2.0

@@ -68,7 +68,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("scheme", "tolerance"), [("int8", 1e-3), ("int4", 1e-2), ("half", 1e-6)])
+@pytest.mark.parametrize(("scheme", "tolerance"), [("int8", 1e-3), ("int4", 1e-2), ("half", 1e-6), ("fp8", 1e-2)])
 @pytest.mark.parametrize("rows", [1, 5, 40, 257])
 def test_activations_with_outliers_meet_the_coarse_weights_themselves(
     kernels: str, scheme: quantize.Scheme, tolerance: float, rows: int, device: torch.device
@@ -260,6 +260,6 @@ def test_only_linear_layers_in_blocks_become_coarse():
 
 
 def test_an_unknown_scheme_lists_the_known():
-    with pytest.raises(ConfigError, match="quantize 'int3' is none; use int8, int4, half"):
-        quantize.check_scheme("int3")
-    assert quantize.check_scheme(None) is None
+    with pytest.raises(ConfigError, match="quantize 'int3' is none; use int8, fp8, int4, half"):
+        quantize.check_scheme("int3", CPU)
+    assert quantize.check_scheme(None, CPU) is None

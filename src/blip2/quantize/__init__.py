@@ -1,9 +1,9 @@
 """Linear layers whose weights take 16, 8 or 4 bits; nothing else in the package knows how they multiply.
 
-Only weights are made coarse. half: 16 bits, multiplied in float32. int8: one scale an output channel. int4: a scale and
-a zero for each 64 inputs of an output channel. Activations lose nothing that counts, outliers among them: where the
-machine multiplies whole numbers, each row goes in as two int8 halves, 16 bits together, of its own largest value; it
-never depends on its neighbours. An image encoder's rows without outliers go in as one, see `Int8Linear.one_half`.
+Only weights are made coarse. half: 16 bits, multiplied in float32. int8 and fp8: one scale an output channel. int4: a
+scale and a zero for each 64 inputs of an output channel. Activations lose nothing that counts, outliers among them:
+where the machine multiplies 8 bits, each row goes in as two halves, of its own largest value; it never depends on its
+neighbours. An image encoder's rows go in as one on some devices, see `Int8Linear.one_half`, `Fp8Linear.one_half`.
 
 What a device multiplies with is found by asking it: a kernel is used where it gives the right numbers on a small
 example, else the weights are made plain piece by piece. The plain way is also the one with a gradient.
@@ -23,25 +23,28 @@ from torch import Tensor, nn
 from blip2.errors import CheckpointError, ConfigError
 from blip2.model.language import Language
 from blip2.pages import release_unwritten, trim
+from blip2.quantize.fp8 import Fp8Linear, holds_fp8, to_fp8
 from blip2.quantize.half import HalfLinear
 from blip2.quantize.int4 import BLOCKS, GROUP, Int4Linear, reads_int4, to_int4
 from blip2.quantize.int8 import Int8Linear, to_int8
 from blip2.quantize.linear import QuantLinear, pieces
 
-Scheme = Literal["int8", "int4", "half"]
+Scheme = Literal["int8", "fp8", "int4", "half"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 HEAD_AT_ONCE = 2**25  # words' weights that are packed at a time: 32 MB, held four times meanwhile
 
 
-def check_scheme(name: str | None) -> Scheme | None:
-    """A scheme by its name.
+def check_scheme(name: str | None, device: torch.device) -> Scheme | None:
+    """A scheme by its name, for a device that it is to compute on.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or the device has no such numbers.
     """
     if name is None:
         return None
+    if name == "fp8" and not holds_fp8(device.type):
+        raise ConfigError(f"quantize 'fp8': {device.type} has no such numbers; use int8")
     for scheme in SCHEMES:
         if name == scheme:
             return scheme
@@ -61,6 +64,8 @@ def quantized(linear: nn.Linear, weight: Tensor, scheme: Scheme, device: torch.d
     bias = cast("nn.Parameter | None", linear.bias)
     if scheme == "half":
         return HalfLinear(weight, bias)
+    if scheme == "fp8":
+        return Fp8Linear(*to_fp8(weight), bias, device)
     outputs, inputs = weight.shape
     block = (reads_int4() if device.type == "cpu" else None) or BLOCKS[0]
     if scheme == "int4" and not (inputs % GROUP or outputs % block):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,13 @@ class QuantLinear(nn.Module, ABC):
     """x Wᵀ + b, in the type of x; the gradient to x is that of the plain weights.
 
     Attributes:
+        laid_out_on: the kind of device that `pack` is for.
         weight: int8, as the scheme lays it out.
         scale: what makes it plain again.
         bias: float[N] or None.
     """
+
+    laid_out_on: ClassVar[str] = "cpu"
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -54,11 +57,11 @@ class QuantLinear(nn.Module, ABC):
     def _plainly(self, x: Tensor) -> Tensor:
         return torch.cat([F.linear(x, some) for some in self.plain(x.dtype)], dim=1)
 
-    # -- packed for a CPU's products -----------------------------------------------------------------------------------
+    # -- packed for a device's products --------------------------------------------------------------------------------
 
     def pack(self) -> None:
-        """Lay the weights out as a CPU's product reads them, where it has such; whoever asks gets them as they were."""
-        if self._packed is None and self.weight.device.type == "cpu":
+        """Lay the weights out as the device's product reads them, if it has one; who asks gets them as they were."""
+        if self._packed is None and self.weight.device.type == self.laid_out_on:
             self._packed = self._lay_out(self.weight)
         if self._packed is not None:
             self._buffers.pop("weight", None)
