@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from blip2 import kernels
 from blip2.cli import app
 from blip2.config import HUB, PRESETS, PartConfig, write_config
 from blip2.errors import ConfigError
@@ -31,6 +33,20 @@ def test_every_configuration_shows_its_parts(name: str):
     assert found["machine"][0]["name"] == "RAM"
     assert list(found["kernels"]) == ["float32", "bfloat16", "half", "int8", "fp8", "int4"]
     assert all(kernel in " ".join(shown(name).split()) for kernel in found["kernels"].values())
+
+
+def test_what_a_gpu_multiplies_with_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert json.loads(shown("mini", "--json"))["kernels_on_cuda"] == {}
+    assert "on CUDA" not in shown("mini")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(kernels, "multiplies_whole_numbers", lambda _: True)
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda _: False)
+    monkeypatch.setattr(kernels, "reads_tiles", lambda _: True)
+    found = json.loads(shown("mini", "--json"))["kernels_on_cuda"]
+    assert found == {"int8": kernels.HALVES, "fp8": kernels.PLAINLY, "int4": "weight-only kernel, in tiles"}
+    assert "products with them on CUDA" in shown("mini")
 
 
 def test_the_published_opt_has_its_true_size_and_beside_it_what_its_card_says():

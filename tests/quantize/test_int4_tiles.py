@@ -8,6 +8,7 @@ does with them is compared with the weights made plain; on a machine with a GPU 
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,8 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from blip2.quantize import int4, quantized
+import tiny_model
+from blip2.config import OPTConfig
+from blip2.kernels import tuned
+from blip2.model.opt import OPT
+from blip2.quantize import int4, int8, quantize_layers, quantized
 from blip2.quantize.int4 import BLOCKS, GROUP, MANY, Int4Linear, by_tiles, plain_int4, reads_tiles, to_int4, to_tiles
+from blip2.weights.placement import Memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LANES = 32
@@ -205,6 +211,28 @@ def test_levels_scales_and_zeros_are_those_of_the_plain_weights():
     found = multiply(eye, to_tiles(weight), GROUP, scale).float().T
     exact = torch.cat(list(plain_int4(weight, scale, torch.float32)))
     assert (found - exact).abs().max() <= 2**-8 * exact.abs().max()  # rounded once to bfloat16
+
+
+@pytest.mark.usefixtures("operators")
+@torch.no_grad()
+def test_a_model_on_a_gpu_is_laid_out_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    """Tolerance: the head is int8, which loses 0.8% of normal weights; 0.0104 was seen with sums in bfloat16."""
+    monkeypatch.setattr(int8, "multiplies_whole_numbers", lambda _: False)
+    torch.manual_seed(0)
+    language = OPT(OPTConfig(width=128, layers=2, heads=2, mlp_width=256, vocab_size=len(tiny_model.WORDS), context=64))
+    for parameter in language.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    quantize_layers(language, "int4", CUDA)
+    prefix, lengths = torch.randn(2, 9, 128), torch.tensor([9, 5])
+    expected = language.prefill(prefix, lengths)[0]
+    model = dataclasses.replace(tiny_model.build(), language=language, device=CUDA)
+    tuned(model, Memory("int4"))
+    layers = [child for child in language.modules() if isinstance(child, Int4Linear)]
+    assert layers
+    assert all(layer._packed is not None for layer in layers)
+    assert language.make_head is not None
+    assert 0 < relative(language.prefill(prefix, lengths)[0], expected) < 2e-2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")
