@@ -41,7 +41,7 @@ def load(
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32, on CUDA in bfloat16 where the frozen parts do.
         quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from the
-            file; activations keep `dtype`. `half` is for CPUs that do not compute in 16 bits, `fp8` for GPUs that do in 8.
+            file; activations keep `dtype`. `half` is for CPUs that do not compute in 16 bits, `fp8` for new GPUs.
         compile: compile the image encoder and the Q-Former at their first call (`torch.compile`, half a minute or more
             for each of two sizes of batch), which pays over thousands of images only; not with `device_map`.
         device_map: `auto` spreads the frozen parts' blocks over `device`, the other CUDA devices and the CPU's memory,
