@@ -6,7 +6,7 @@ Every random draw is a function of seed, step and rank, so no state of a random 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +25,31 @@ _PARTIAL = ".partial"
 
 
 class Average:
-    """A running average of the trained weights, which often serves better than the last ones on small data.
+    """The weights that are validated and saved, where these are not simply the last ones.
 
     Args:
-        decay: the weight of the past; smaller over the first steps, so that the start is soon forgotten.
+        decay: of a running average, which often serves better on small data: the weight of the past, smaller over the
+            first steps, so that the start is soon forgotten. None for the last weights.
+        shares: by name, how much of the weights as they are now, before the first step, comes back in.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        decay: float | None,
+        shares: Mapping[str, float],
+    ) -> None:
         self.parameters = parameters
         self.decay = decay
-        self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.shares = shares
+        self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()} if decay else {}
+        self.start = {name: parameters[name].detach().clone() for name in shares}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after the update that ended in `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in self.parameters.items():
-            self.weights[name].lerp_(parameter, 1 - decay)
+        for name, weight in self.weights.items():
+            weight.lerp_(self.parameters[name], 1 - min(self.decay or 0.0, (1 + step) / (10 + step)))
 
     @contextmanager
     def applied(self) -> Generator[None, None, None]:
@@ -53,14 +61,28 @@ class Average:
         finally:
             self._fill(own)
 
+    @torch.no_grad()
     def apply(self) -> None:
         """Give the model the average's weights."""
         self._fill(self.weights)
+        for name, start in self.start.items():
+            self.parameters[name].lerp_(start, self.shares[name])
+
+    def capture(self) -> dict[str, dict[str, Tensor]]:
+        """As plain data and tensors; the start too, whose folder may be another's by the time that the run goes on."""
+        return {"weights": self.weights, "start": self.start}
+
+    @torch.no_grad()
+    def restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """What `capture` gave."""
+        for kind, own in self.capture().items():
+            for name, weight in own.items():
+                weight.copy_(saved[kind][name])
 
     @torch.no_grad()
     def _fill(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+        for name, weight in weights.items():
+            self.parameters[name].copy_(weight)
 
 
 @dataclass
@@ -91,7 +113,7 @@ class State:
             "bridge": self.bridge.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "average": self.average.weights if self.average else None,
+            "average": self.average.capture() if self.average else None,
         }
 
     def restore(self, path: Path) -> None:
@@ -106,8 +128,7 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.average:
-            for name, weight in self.average.weights.items():
-                weight.copy_(saved["average"][name])
+            self.average.restore(saved["average"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.best = saved["best"]
 

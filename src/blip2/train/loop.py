@@ -68,7 +68,8 @@ def fit(recipe: Recipe, job: Job, world: World, folder: Folder, device: torch.de
     """The loop itself: from the folder's last checkpoint to the last step, the model and the report."""
     parameters = optimizer.choose(job.trained, recipe)
     adamw = optimizer.adamw(parameters, recipe)
-    average = Average(parameters, recipe.ema) if recipe.ema else None
+    shares = optimizer.start_shares(parameters, recipe)
+    average = Average(parameters, recipe.ema, shares) if recipe.ema or shares else None
     state = State(job.trained, adamw, precision.scaler(), average)
     if last := checkpoint.latest(folder.checkpoints):
         state.restore(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,10 +19,10 @@ def choose(module: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
     """The parameters that the recipe trains, by name; the others no longer ask for a gradient.
 
     Raises:
-        ConfigError: a pattern of `train` or `lr_scale` fits no parameter.
+        ConfigError: a pattern of `train`, `lr_scale` or `start_share` fits no parameter.
     """
     trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    for key, patterns in (("train", recipe.train), ("lr_scale", recipe.lr_scale)):
+    for key, patterns in _patterns(recipe):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in trainable):
                 some = ", ".join(list(trainable)[:3])
@@ -29,6 +30,20 @@ def choose(module: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
     for name, parameter in trainable.items():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in recipe.train))
     return {name: parameter for name, parameter in trainable.items() if parameter.requires_grad}
+
+
+def start_shares(parameters: Iterable[str], recipe: Recipe) -> dict[str, float]:
+    """How much of each parameter's weights at the start comes back, by name; without those that none does of."""
+    shares = {name: _factor(name, recipe.start_share, 0.0) for name in parameters}
+    return {name: share for name, share in shares.items() if share}
+
+
+def _patterns(recipe: Recipe) -> Iterator[tuple[str, Iterable[str]]]:
+    return ((key, getattr(recipe, key)) for key in ("train", "lr_scale", "start_share"))
+
+
+def _factor(name: str, factors: Mapping[str, float], otherwise: float) -> float:
+    return next((factor for pattern, factor in factors.items() if fnmatchcase(name, pattern)), otherwise)
 
 
 def adamw(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
@@ -39,7 +54,7 @@ def adamw(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Ad
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     blocks = 1 + max((int(found[1]) for name in parameters if (found := _BLOCK.match(name))), default=-1)
     for name, parameter in parameters.items():
-        scale = next((factor for pattern, factor in recipe.lr_scale.items() if fnmatchcase(name, pattern)), 1.0)
+        scale = _factor(name, recipe.lr_scale, 1.0)
         scale *= layer_decay(name, blocks, recipe.vision.layer_decay)
         decays = parameter.ndim > 1 or (parameter.ndim == 0 and recipe.decay_temperature)
         groups.setdefault((scale, decays), []).append(parameter)

@@ -86,6 +86,9 @@ class Recipe(Section):
             language model's adapter `language.*`.
         vision: training of the image encoder.
         lora: low-rank changes of the language model in stage 2; it stays as it is where None.
+        start_share: how much of the weights that `start` brought comes back into those that are validated and saved, by
+            pattern as `lr_scale`: what was learned before fades less (WiSE-FT, Wortsman et al. 2022). A language
+            projection that begins anew wants 0.
         ema: decay of a running average of the weights, which is then what is validated and saved; None for none.
         text_length: most tokens of a text, cut on the right.
         vocabulary: the words that a softmax runs over: `used` in the training texts, or `all`.
@@ -130,6 +133,7 @@ class Recipe(Section):
     train: tuple[str, ...] = ("*",)
     vision: Vision = Vision()
     lora: LoRA | None = None
+    start_share: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
@@ -189,6 +193,8 @@ class Recipe(Section):
             )
         if self.lora is not None and self.stage == 1:
             raise ValueError("lora: stage 1 has no language model; train it in stage 2")
+        if self.start_share and self.start is None:
+            raise ValueError("start_share: there is no `start` whose weights could come back; leave it out")
         if self.model is None and self.start is None:
             raise ValueError("model: is missing; name a preset, or an earlier run as `start`")
         return self
