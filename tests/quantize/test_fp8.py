@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tiny_model
 from blip2 import quantize
@@ -141,6 +142,30 @@ def test_a_change_of_type_copies_and_saving_keep_the_bits():
     again.weight.zero_()
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(activations(3)), layer(activations(3)))
+
+
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 257])
+def test_what_the_product_is_given_has_the_shapes_and_strides_that_cuda_asks_for(
+    rows: int, one: bool, monkeypatch: pytest.MonkeyPatch
+):
+    real = torch.ops.aten._scaled_mm
+
+    def checked(*given: Tensor, **more: torch.dtype) -> Tensor:
+        """What torch checks for CUDA, without a value."""
+        with FakeTensorMode(), monkeypatch.context() as change:
+            change.setattr(torch.ops.aten, "_scaled_mm", real)  # torch looks it up itself
+            there = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=CUDA) for x in given)
+            found = real(*there, **more)
+        return torch.zeros(found.shape, dtype=found.dtype)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_mm", checked)
+    weight, scale = torch.zeros(192, 128, dtype=torch.int8), torch.ones(192)
+    for x in (torch.randn(rows, 128), torch.randn(128, rows).bfloat16().T):
+        found = by_fp8(x, weight, scale, one=one)
+        assert (tuple(found.shape), found.dtype) == ((rows, 192), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="divisible by 16"):  # it does check
+        by_fp8(torch.randn(rows, 120), weight[:, :120].contiguous(), scale, one=one)
 
 
 def test_a_product_that_is_missing_or_leaves_out_a_scale_is_not_used(monkeypatch: pytest.MonkeyPatch):

@@ -77,10 +77,10 @@ def by_fp8(x: Tensor, weight: Tensor, scale: Tensor, *, one: bool = False) -> Te
     peak = torch.linalg.vector_norm(halves, math.inf, dim=-1, keepdim=True, dtype=torch.float32)
     step = torch.rsub(peak, torch.finfo(torch.float32).tiny, alpha=-1 / END)  # (H, M, 1): peak / 448, above zero
     coarse = torch.empty(halves.shape, dtype=E4M3, device=x.device)
-    steps = x / step[0]
-    coarse[0].copy_(steps)
+    steps = x / step.select(0, 0)
+    high = coarse.select(0, 0).copy_(steps)
     if not one:
-        coarse[1].copy_(steps.sub_(coarse[0].float()))
+        coarse.select(0, 1).copy_(steps.sub_(high.float()))
     across = scale.float()[None]  # (1, N)
     found = torch.ops.aten._scaled_mm(
         coarse.flatten(0, 1), weight.view(E4M3).T, step.flatten(0, 1), across, out_dtype=torch.bfloat16
