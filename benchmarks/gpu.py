@@ -4,11 +4,12 @@
 
 Made-up weights at the geometry of OPT-2.7b and Flan-T5-xl, made on the device, the same for both sides, bfloat16. Rows:
 one caption, five beams, ten questions about one image, captions a second by batch size beside the limit that the image
-encoder's arithmetic sets, one step beside the time to read its weights, a folder of JPEGs from the disk, peak memory of
-the four published models. Before any of them the plain path's tokens are compared with the engine's. What bounds a row
-is measured in the same run: multiplications a second by a large product, bytes a second by a copy. A table goes to
-stdout and all numbers to --out after each row; a row that fails says why, and rows that the budget has no time for are
-named. Where transformers is not installed its columns are empty. `--tiny` is the same on a CPU at a size for tests.
+encoder's arithmetic sets, one step beside the time to read its weights, a folder of JPEGs from the disk, caption and
+step in int8, fp8 and int4, peak memory of the four published models. Before any of them the plain path's tokens are
+compared with the engine's. What bounds a row is measured in the same run: multiplications a second by a large product,
+bytes a second by a copy. A table goes to stdout and all numbers to --out after each row; a row that fails says why, and
+rows that the budget has no time for are named. Where transformers is not installed its columns are empty. `--tiny` is
+the same on a CPU at a size for tests.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from benchmarks.sides import Ours, Theirs, seconds, wait
 from blip2.bulk import caption_files
 from blip2.config import PRESETS, Blip2Config, T5Config, VisionConfig
 from blip2.decoding import Decoding
-from blip2.generate import plain
+from blip2.generate import plain as plainly
+from blip2.kernels import chosen, chosen_on_cuda
 from blip2.model import prefix
+from blip2.quantize import Scheme, coarse_size
 
 NEW_TOKENS, ANSWER_TOKENS, QUESTIONS, BEAMS = 20, 10, 10, 5
 SIZES, TINY_SIZES = (1, 4, 16, 64, 128, 256), (1, 2)
@@ -45,6 +48,7 @@ FOLDER = 512  # JPEGs
 PUBLISHED = ("pretrain_opt2.7b", "pretrain_opt6.7b", "pretrain_flant5xl", "pretrain_flant5xxl")
 SEEDS = {"bfloat16": 7.21, "int8": 3.61, "int4": 1.8}  # GB that OPT-2.7b's card gives: "total size" at each precision
 TINY_T5 = TINY.replace(language=T5Config(width=64, layers=2, heads=2, head_width=32, mlp_width=128, vocab_size=128))
+COARSE: tuple[Scheme, ...] = ("int8", "fp8", "int4")
 PROBE = 8192  # side of the matrices that are multiplied to see how fast that is
 
 
@@ -137,7 +141,7 @@ def check(run: Run) -> dict[str, Any]:
         for width in (1, BEAMS):
             decoding = Decoding.of({"num_beams": width, "max_new_tokens": NEW_TOKENS})
             written = [row[0].ids for row in model.write(features, prompts, decoding)]
-            slow = plain.generate(language, *start, decoding.method, decoding.limits, tokenizer.stop_ids)
+            slow = plainly.generate(language, *start, decoding.method, decoding.limits, tokenizer.stop_ids)
             if written != [row[0].ids for row in slow]:
                 raise RuntimeError(f"{width} beams: the engine writes {written}, the plain path {slow}")
     return {"equal": True}
@@ -184,18 +188,48 @@ def vision_flops(config: VisionConfig) -> float:
 
 def step(run: Run) -> dict[str, Any]:
     """One step of the language model, by the difference of two lengths, beside the time to read its weights."""
-    ours = run.ours()
+    return step_of(run, run.ours())
+
+
+def step_of(run: Run, ours: Ours) -> dict[str, Any]:
+    """See `step`; weights count as they are held."""
     pictures = squares(run, ours, 1)
     short, long = (
         seconds(lambda tokens=tokens: ours.write(pictures, (), 1, tokens), run.device, repeat=5)
         for tokens in (NEW_TOKENS, 3 * NEW_TOKENS)
     )
     language: Any = ours.model.language
-    words = language.words.weight
-    size = sum(each.nbytes for each in language.parameters()) - (words.nbytes if language.head is not None else 0)
+    embedded, head = language.words.weight, language.head
+    words = embedded if head is None else head.weight
+    size = sum(each.nbytes for each in language.state_dict().values()) - embedded.nbytes  # of which a few rows are read
+    if head is not None:
+        size -= words.nbytes
+    size += words.nbytes if language.make_head is None else coarse_size(words.shape, "int8")
     floor = size / run.found["machine"]["bytes_a_second"]
     took = (long - short) / (2 * NEW_TOKENS)
-    return {"ours": took, "limit": floor, "over_limit": took / floor}
+    return {"ours": took, "limit": floor, "over_limit": took / floor, "gigabytes": size / 1e9}
+
+
+def coarse(run: Run) -> dict[str, Any]:
+    """One caption and one step with coarse weights, beside those with plain ones, and how many tokens are the same."""
+    run.forget()
+    rows: dict[str, Any] = {}
+    plain: list[int] = []
+    for scheme in (None, *COARSE):
+        name = scheme or "plain"
+        if time.perf_counter() > run.ends:
+            rows[name] = "no time"
+            continue
+        ours = Ours(run.config(PUBLISHED[0]), run.device, run.dtype, scheme)
+        pictures = squares(run, ours, 1)
+        written = ours.write(pictures, (), 1, NEW_TOKENS)[0]
+        plain = plain or written
+        same = sum(one == other for one, other in zip(written, plain, strict=True)) / len(plain)
+        taken = seconds(lambda ours=ours, of=pictures: ours.write(of, (), 1, NEW_TOKENS), run.device)
+        rows[name] = {"caption": taken, "step": step_of(run, ours), "tokens_equal": same}
+        del ours
+        run.forget()
+    return {"schemes": rows, "kernels": chosen_on_cuda() if run.device.type == "cuda" else chosen()}
 
 
 def answer(run: Run) -> dict[str, Any]:
@@ -244,7 +278,7 @@ def memory(run: Run) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for preset in PUBLISHED[:1] if run.tiny else PUBLISHED:
         rows[preset] = {}
-        for scheme in (None, "int8", "int4"):
+        for scheme in (None, *COARSE):
             name = scheme or "bfloat16"
             if time.perf_counter() > run.ends:
                 rows[preset][name] = "no time"
@@ -253,9 +287,9 @@ def memory(run: Run) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats(run.device)
             model = Ours(run.config(preset), run.device, run.dtype, scheme).model
             model.caption(geometry.picture(), num_beams=BEAMS, max_new_tokens=NEW_TOKENS)
-            parts: list[Any] = [model.encoder, model.bridge, model.language]
-            weights = sum(each.nbytes for part in parts for each in part.state_dict().values())
             peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
+            parts: list[Any] = [model.encoder, model.bridge, model.language]
+            weights = sum(each.nbytes for part in parts for each in part.state_dict().values())  # copies of packed ones
             rows[preset][name] = {"weights": weights / 1e9, "peak": peak and peak / 1e9}
             del model, parts
             run.forget()
@@ -264,7 +298,7 @@ def memory(run: Run) -> dict[str, Any]:
 
 ROWS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "check": check, "caption": caption, "beams": beams, "questions": questions, "step": step, "batches": batches,
-    "folder": folder, "compiled": compiled, "answer": answer, "memory": memory,
+    "folder": folder, "compiled": compiled, "answer": answer, "coarse": coarse, "memory": memory,
 }  # fmt: skip
 
 

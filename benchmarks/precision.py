@@ -34,6 +34,7 @@ PRECISIONS: Mapping[str, Mapping[str, str]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "float32", "quantize": "int8"},
     "int8, bfloat16": {"dtype": "bfloat16", "quantize": "int8"},
+    "fp8": {"dtype": "float32", "quantize": "fp8"},
     "int4": {"dtype": "float32", "quantize": "int4"},
 }
 NEW_TOKENS = 16

@@ -1,11 +1,12 @@
-"""int8 and int4 weights at full size: how far the logits go with outliers, and Flan-T5-XXL in 24 GB.
+"""int8, fp8 and int4 weights at full size: how far the logits go with outliers, and Flan-T5-XXL in 24 GB.
 
     python -m benchmarks.quantized outliers [--threads N]
     python -m benchmarks.quantized answer FOLDER [--preset pretrain_flant5xxl] [--quantize int8] [--threads N]
 
 `outliers`: one layer of OPT-2.7b's widths after another (made-up weights), fed with activations of which a few channels
 are 40 to 60 times the rest; the error of what the head makes of it, against float32: of these weights as they are here,
-of the same weights multiplied in float32 ("weight-only"), and of 8-bit activations, one scale a row, beside them.
+of the same weights multiplied in float32 ("weight-only"), and of 8-bit activations, one scale a row, beside them. fp8
+is made plain on a CPU; "multiplied" is what a GPU does with it.
 2 GB of memory, a minute.
 
 `answer`: writes the geometry's shards (25 GB) into FOLDER where they are not there yet, loads them coarse and answers a
@@ -15,6 +16,7 @@ question about a picture, one token after another. Memory is what no file backs,
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import resource
 import time
@@ -29,10 +31,14 @@ from benchmarks.loading import AnonymousMemory
 from blip2.config import OPT_2_7B, PRESETS
 from blip2.loading import load
 from blip2.model.opt import OPT
-from blip2.quantize import SCHEMES, QuantLinear, quantize_layers
+from blip2.quantize import SCHEMES, check_scheme, quantize_layers
+from blip2.quantize.fp8 import Fp8Linear, by_fp8
+from blip2.quantize.linear import QuantLinear
 
 LAYERS, VOCABULARY = 2, 4096
 OUTLIERS = {11: 60.0, 512: 40.0, 1033: 50.0, 2047: 45.0}  # channels, and how many times the rest
+CHANGES = ("int8", "int8 weight-only", "int8 weights and activations", "fp8", "fp8 multiplied in two halves",
+           "fp8 multiplied in one half", "int4", "int4 weight-only")  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -64,11 +70,16 @@ def model() -> OPT:
 
 def with_layers(made: OPT, change: str) -> OPT:
     """The same model with its linear layers changed: coarse, made plain again, or with coarse activations."""
-    scheme = "int4" if change.startswith("int4") else "int8"
+    scheme = check_scheme(change.split()[0], CPU)
+    assert scheme is not None
     quantize_layers(made, scheme, CPU)
     if change in SCHEMES:
         return made
     for name, layer in list(made.named_modules()):
+        if isinstance(layer, Fp8Linear):
+            one = change.endswith("one half")
+            layer.product = functools.partial(by_fp8, weight=layer.weight, scale=layer.scale, one=one)
+            continue
         if isinstance(layer, QuantLinear):
             weight = torch.cat(list(layer.plain(torch.float32)))
             assert layer.bias is not None
@@ -94,7 +105,7 @@ def outliers() -> None:
     with torch.inference_mode(False), torch.no_grad():
         exact = model()
     expected = logits(exact)
-    for change in ("int8", "int8 weight-only", "int8 weights and activations", "int4", "int4 weight-only"):
+    for change in CHANGES:
         with torch.inference_mode(False), torch.no_grad():
             changed = with_layers(model(), change)
         found = logits(changed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks import geometry
 from blip2.blip2 import Blip2
 from blip2.config import Blip2Config
+from blip2.kernels import tuned
 from blip2.quantize import Scheme
 from blip2.weights import transformers
 from blip2.weights.maps import transformers as maps
@@ -28,10 +29,11 @@ class Ours:
         made = geometry.Made.of(config, torch.bfloat16, device)
         with tempfile.TemporaryDirectory() as folder:
             geometry.write_words(config, Path(folder))
-            self.model: Blip2 = transformers.build(
+            built = transformers.build(
                 config, geometry.values(config, dtype), made, maps.blip2(config), (), Path(folder), device, dtype,
                 Memory(scheme),
             )  # fmt: skip
+        self.model: Blip2 = tuned(built, Memory(scheme))
         if dtype is torch.bfloat16:
             self.model.bridge.to(dtype)  # as `blip2.load` on a GPU
 

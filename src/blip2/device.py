@@ -91,7 +91,7 @@ def passes(test: Callable[[], bool]) -> bool:
     """Whether a kernel passes a test; where this torch has none of that name, or refuses, it does not."""
     try:
         return bool(test())
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError, TypeError):
         return False
 
 

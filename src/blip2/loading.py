@@ -40,8 +40,8 @@ def load(
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
         dtype: of the frozen parts: `auto` (bfloat16 on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`.
             The bridge computes in float32, on CUDA in bfloat16 where the frozen parts do.
-        quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from
-            the file; the activations keep `dtype`. `half` is 16 bits for CPUs that do not compute in them.
+        quantize: `int8` or `int4` weights for the linear layers in the frozen parts' blocks, made on their way from the
+            file; activations keep `dtype`. `half` is for CPUs that do not compute in 16 bits, `fp8` for new GPUs.
         compile: compile the image encoder and the Q-Former at their first call (`torch.compile`, half a minute or more
             for each of two sizes of batch), which pays over thousands of images only; not with `device_map`.
         device_map: `auto` spreads the frozen parts' blocks over `device`, the other CUDA devices and the CPU's memory,
@@ -69,7 +69,7 @@ def load(
     half = pick_dtype(dtype, place)
     if compile and device_map is not None:
         raise ConfigError("compile: not with device_map, whose blocks move while they run; leave out one of the two")
-    memory = Memory(check_scheme(quantize), check_map(device_map))
+    memory = Memory(check_scheme(quantize, place), check_map(device_map))
     model = tuned(_read(name, place, half, memory, parts, revision, token, offline, calibration is True), memory)
     if not isinstance(calibration, bool):
         model = dataclasses.replace(model, calibration=calibrated.read(Path(calibration), model.identity))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from blip2.device import computes, passes
 from blip2.model.language import Language
 from blip2.pages import trim
-from blip2.quantize import QuantLinear
+from blip2.quantize.linear import QuantLinear
 
 LEAST = 2**16  # weights from which a layout pays: below it the call itself costs as much as the product
 USES = {torch.float32: 0, torch.bfloat16: 20}  # at five rows packing gains a third of its own time, and a twentieth

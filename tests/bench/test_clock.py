@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tiny_model
 from blip2.bench import machine
@@ -58,7 +59,18 @@ def test_a_machine_says_what_it_is_and_what_it_reaches(monkeypatch: pytest.Monke
     assert rates.peak("float32") == rates.operations["float32"]
 
 
+def test_fp8_is_multiplied_as_cuda_asks_where_there_is_such_a_product(monkeypatch: pytest.MonkeyPatch):
+    assert list(machine._products("fp8", CPU, 64)) == []
+    monkeypatch.setattr(machine, "multiplies_fp8", lambda _: True)
+    with FakeTensorMode():
+        (product,) = machine._products("fp8", torch.device("cuda"), 64)
+        found = product()
+    assert (tuple(found.shape), found.dtype) == ((64, machine.OUTPUTS), torch.bfloat16)
+
+
 def test_weights_of_4_bits_are_multiplied_in_the_best_plain_type():
     rates = machine.Rates(1.0, {"float32": 2.0, "bfloat16": 3.0, "int8": 9.0})
     assert (rates.peak("int4"), rates.peak("int8"), rates.peak("float16")) == (3.0, 9.0, 3.0)
+    assert rates.peak("fp8") == 3.0  # made plain
+    assert machine.Rates(1.0, {"bfloat16": 3.0, "int8": 9.0, "fp8": 8.0}).peak("fp8") == 8.0
     assert machine.Rates(1.0, {"float32": 2.0}).peak("int8") == 2.0

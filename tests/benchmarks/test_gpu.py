@@ -22,7 +22,14 @@ def test_every_row_is_measured_and_both_sides_write_the_same_tokens(tmp_path: Pa
         assert found[name]["times"] == found[name]["theirs"] / found[name]["ours"]
     assert found["batches"]["ours"] == max(row["ours"] for row in found["batches"]["sizes"].values())
     assert found["folder"]["images"] == 8
-    assert set(found["memory"]["models"]["pretrain_opt2.7b"]) == {"bfloat16", "int8", "int4"}
+    assert set(found["memory"]["models"]["pretrain_opt2.7b"]) == {"bfloat16", "int8", "fp8", "int4"}
+    schemes = found["coarse"]["schemes"]
+    assert list(schemes) == ["plain", "int8", "fp8", "int4"]
+    assert schemes["plain"]["tokens_equal"] == 1
+    sizes = {name: row["step"]["gigabytes"] for name, row in schemes.items()}
+    assert sizes["plain"] == found["step"]["gigabytes"]
+    assert sizes["plain"] > 2 * sizes["int8"]  # float32 here, beside positions and norms that stay
+    assert sizes["int8"] == sizes["fp8"] >= sizes["int4"]
 
 
 def test_a_row_without_time_is_named_and_one_without_the_peer_has_no_ratio(tmp_path: Path):

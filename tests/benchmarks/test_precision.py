@@ -15,7 +15,7 @@ def test_every_precision_is_near_float32_and_float32_is_itself(tmp_path: Path, m
     geometry.write(TINY, tmp_path)
     found = precision.report(tmp_path, precision.pictures_of(None, 2), list(precision.PRECISIONS))
     assert found.pop("float32") == {"same captions": 1.0, "same word": 1.0, "KL": 0.0, "largest KL": 0.0}
-    assert set(found) == {"bfloat16", "int8", "int8, bfloat16", "int4"}
+    assert set(found) == {"bfloat16", "int8", "int8, bfloat16", "fp8", "int4"}
     for line in found.values():
         assert 0 < line["KL"] <= line["largest KL"] < 0.1  # weights are tiny: no precision moves a word by much
 

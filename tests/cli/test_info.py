@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from blip2 import kernels
 from blip2.cli import app
 from blip2.config import HUB, PRESETS, PartConfig, write_config
 from blip2.errors import ConfigError
@@ -27,16 +29,30 @@ def test_every_configuration_shows_its_parts(name: str):
     assert sizes[0] == 4 * sum(part["parameters"] for part in found["parts"])
     trained = sum(part["parameters"] for part in found["parts"] if part["trained"])
     assert all(line["bridge"] == line["inference"] + 12 * trained for line in found["memory"])
-    assert [line["everything"] for line in found["memory"]] == [4 * sizes[0], 2 * sizes[0], None, None]
+    assert [line["everything"] for line in found["memory"]] == [4 * sizes[0], 2 * sizes[0], None, None, None]
     assert found["machine"][0]["name"] == "RAM"
-    assert list(found["kernels"]) == ["float32", "bfloat16", "half", "int8", "int4"]
+    assert list(found["kernels"]) == ["float32", "bfloat16", "half", "int8", "fp8", "int4"]
     assert all(kernel in " ".join(shown(name).split()) for kernel in found["kernels"].values())
+
+
+def test_what_a_gpu_multiplies_with_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert json.loads(shown("mini", "--json"))["kernels_on_cuda"] == {}
+    assert "on CUDA" not in shown("mini")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(kernels, "multiplies_whole_numbers", lambda _: True)
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda _: False)
+    monkeypatch.setattr(kernels, "reads_tiles", lambda _: True)
+    found = json.loads(shown("mini", "--json"))["kernels_on_cuda"]
+    assert found == {"int8": kernels.HALVES, "fp8": kernels.PLAINLY, "int4": "weight-only kernel, in tiles"}
+    assert "products with them on CUDA" in shown("mini")
 
 
 def test_the_published_opt_has_its_true_size_and_beside_it_what_its_card_says():
     found = json.loads(shown("Salesforce/blip2-opt-2.7b", "--json"))
     assert sum(part["parameters"] for part in found["parts"]) == 3_744_679_936
-    assert [line["card"] for line in found["memory"]] == [14.43, 7.21, 3.61, 1.8]
+    assert [line["card"] for line in found["memory"]] == [14.43, 7.21, 3.61, None, 1.8]
     twice = 3_744_679_936 + 50_272 * 2560  # the card's count
     widths = (4, 2, 1, 0.5)
     assert [round(twice * width / 2**30, 2) for width in widths[:3]] == [14.43, 7.21, 3.61]
@@ -63,7 +79,7 @@ def test_int8_and_int4_make_blocks_small_and_leave_the_rest():
     linear = sum(rows * columns for rows, columns in language.linear)
     assert language.parameters - linear < 2.1 * 32128 * 2048  # embeddings and head
     scales = 4 * sum(rows for rows, _ in language.linear)
-    assert language.bytes("int8") == linear + scales + 2 * (language.parameters - linear)
+    assert language.bytes("fp8") == language.bytes("int8") == linear + scales + 2 * (language.parameters - linear)
     assert 0.5 < (language.bytes("int4") or 0) / linear < 0.7
 
 

@@ -20,7 +20,12 @@ from blip2.model.bridge import Bridge
 from blip2.model.opt import OPT
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
-from blip2.quantize import HalfLinear, Int4Linear, Int8Linear, QuantLinear, quantize_layers
+from blip2.quantize import SCHEMES, quantize_layers
+from blip2.quantize.fp8 import Fp8Linear
+from blip2.quantize.half import HalfLinear
+from blip2.quantize.int4 import Int4Linear
+from blip2.quantize.int8 import Int8Linear
+from blip2.quantize.linear import QuantLinear
 from blip2.weights import fill, placement, transformers
 from blip2.weights.placement import DISK, Home, Memory, plan
 from blip2.weights.skeleton import skeleton
@@ -84,7 +89,8 @@ def kinds(model: Blip2) -> set[type]:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kind", "error"), [("int8", Int8Linear, 0.01), ("int4", Int4Linear, 0.05), ("half", HalfLinear, 1e-6)]
+    ("scheme", "kind", "error"),
+    [("int8", Int8Linear, 0.01), ("fp8", Fp8Linear, 0.01), ("int4", Int4Linear, 0.05), ("half", HalfLinear, 1e-6)],
 )
 def test_weights_made_coarse_on_their_way_are_those_made_coarse_afterwards(
     folder: Path, scheme: Any, kind: type, error: float
@@ -105,9 +111,7 @@ def test_weights_made_coarse_on_their_way_are_those_made_coarse_afterwards(
     assert float((logits(coarse) - logits(exact)).norm() / logits(exact).norm()) < error
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"quantize": "int8"}, {"quantize": "int4"}, {"quantize": "half"}, {"dtype": "bfloat16"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, *({"quantize": name} for name in SCHEMES), {"dtype": "bfloat16"}], ids=str)
 def test_a_model_on_disk_gives_the_same_and_leaves_no_file(folder: Path, cache: Path, options: dict[str, Any]):
     """Tolerance: what has a place is not packed, and sums in another order may round an activation the other way."""
     expected = logits(load(folder, **options))
@@ -120,10 +124,11 @@ def test_a_model_on_disk_gives_the_same_and_leaves_no_file(folder: Path, cache: 
 
 
 def test_only_the_image_encoder_takes_even_rows_in_one_half(folder: Path):
-    model = load(folder, quantize="int8")
-    for part, expected in ((model.encoder, True), (model.language, False)):
-        assert isinstance(part, nn.Module)
-        assert {each.one_half for each in part.modules() if isinstance(each, Int8Linear)} == {expected}
+    for scheme, kind in (("int8", Int8Linear), ("fp8", Fp8Linear)):
+        model = load(folder, quantize=scheme)
+        for part, expected in ((model.encoder, True), (model.language, False)):
+            assert isinstance(part, nn.Module)
+            assert {each.one_half for each in part.modules() if isinstance(each, kind)} == {expected}
 
 
 def test_plain_weights_are_packed_unless_they_were_given_places(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -199,7 +204,7 @@ def test_a_model_in_our_own_format_becomes_coarse_too_and_lies_on_one_device(tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int2"}, "quantize 'int2' is none; use int8, int4, half"),
+        ({"quantize": "int2"}, "quantize 'int2' is none; use int8, fp8, int4, half"),
         ({"device_map": "balanced"}, "device_map 'balanced' is none; use auto, or places by name"),
         ({"device_map": {"language.layers.9": "disk"}}, "'language.layers.9' is no block of this model"),
         ({"device_map": {"bridge": "disk"}}, "'bridge' is no block of this model"),

@@ -17,13 +17,15 @@ from torch import Tensor
 
 import blip2
 from blip2.device import computes
+from blip2.quantize.fp8 import E4M3, multiplies_fp8
 
 READ = 2**29  # bytes that are read to measure the bandwidth: no cache holds them
 ROWS, INPUTS, OUTPUTS = 2048, 4096, 4096  # of the product that is measured: large enough to be bound by arithmetic
 LARGER = {"cuda": 4}  # times as much, where that much is over before the clock has moved
 TRIES = 4
 TELLING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm")
-PRECISIONS = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}  # bytes a weight
+EIGHT_BITS = ("int8", "fp8")  # measured as they are
+PRECISIONS = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}  # bytes a weight
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ class Rates:
     operations: dict[str, float]
 
     def peak(self, precision: str) -> float:
-        """Operations a second of weights of a precision: int4 is multiplied in the best type of 16 or 32 bits."""
+        """Operations a second of weights of a precision: int4 is multiplied in the best type of 16 or 32 bits.
+
+        So is fp8 where the device has no product with such.
+        """
         if precision in self.operations:
             return self.operations[precision]
-        plain = [rate for name, rate in self.operations.items() if name != "int8"]
+        plain = [rate for name, rate in self.operations.items() if name not in EIGHT_BITS]
         return max(self.operations.values() if precision == "int8" else plain)
 
 
@@ -99,7 +104,7 @@ def measure(device: torch.device) -> Rates:
     with torch.inference_mode():
         bandwidth = _bandwidth(device, larger * READ)
         found: dict[str, float] = {}
-        for precision in ("float32", "bfloat16", "int8"):
+        for precision in ("float32", "bfloat16", *EIGHT_BITS):
             best = min((_best(call, device) for call in _products(precision, device, larger * ROWS)), default=None)
             if best is not None:
                 found[precision] = 2 * larger * ROWS * INPUTS * OUTPUTS / best
@@ -124,6 +129,12 @@ def _products(precision: str, device: torch.device, rows: int) -> Iterator[Calla
     if precision == "int8":
         x, w = (torch.ones(shape, dtype=torch.int8, device=device) for shape in ((rows, INPUTS), (OUTPUTS, INPUTS)))
         yield from _working(lambda: torch.ops.aten._int_mm(x, w.t()))
+        return
+    if precision == "fp8":
+        if device.type == "cuda" and multiplies_fp8(device.type):
+            x, w = (torch.ones(shape, device=device).to(E4M3) for shape in ((rows, INPUTS), (OUTPUTS, INPUTS)))
+            over, across = torch.ones(rows, 1, device=device), torch.ones(1, OUTPUTS, device=device)
+            yield lambda: torch.ops.aten._scaled_mm(x, w.T, over, across, out_dtype=torch.bfloat16)
         return
     dtype = getattr(torch, precision)
     if not computes(dtype, device) and dtype is not torch.float32:

@@ -74,7 +74,7 @@ class Bench:
     """Rows are measured one by one, as they are asked for.
 
     Attributes:
-        precision: of the frozen parts' weights: a dtype's name, `int8` or `int4`.
+        precision: of the frozen parts' weights: a dtype's name, `int8`, `fp8` or `int4`.
         images: picture files; pictures of noise are drawn where there are none.
     """
 

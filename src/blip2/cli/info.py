@@ -26,7 +26,7 @@ def info(
     """Show parts, size, memory, licences and known risks of a model.
 
     Nothing is loaded, and published models need no weights for this. Memory is that of the parameters in GiB (2^30
-    bytes), by the precision of the frozen parts: the bridge stays in float32, int8 and int4 are for the blocks'
+    bytes), by the precision of the frozen parts: the bridge stays in float32, int8, fp8 and int4 are for the blocks'
     linear layers and leave the rest in 16 bits. With Adam each weight that is trained takes four numbers. A model
     fits where a GiB is left for activations and caches.
 
@@ -44,7 +44,8 @@ def info(
     parts = parts_of(config)
     memory, here = memory_of(config, parts), places()
     if json:
-        result_json({**_values(parts, memory, here), "kernels": kernels.chosen()})
+        chosen = {"kernels": kernels.chosen(), "kernels_on_cuda": kernels.chosen_on_cuda()}
+        result_json({**_values(parts, memory, here), **chosen})
         return
     rows = [(part.role, part.name, _count(part.parameters), "yes" if part.trained else "frozen") for part in parts]
     if memory:
@@ -60,6 +61,8 @@ def info(
         note("The parameters of some parts are known to their own library only; there is no total.")
     result("")
     table(("weights", "products with them on this CPU"), list(kernels.chosen().items()))
+    if on_cuda := kernels.chosen_on_cuda():
+        table(("weights", "products with them on CUDA"), list(on_cuda.items()))
     for part in parts:
         result(f"\n{part.name}\n  licence: {part.notice.licence}\n  risks: {part.notice.risks}")
 

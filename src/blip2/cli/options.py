@@ -28,7 +28,7 @@ Dtype = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="Of the frozen parts' blocks: int8, int4 or half (16-bit) weights.",
+        help="Of the frozen parts' blocks: int8, int4, half (16-bit, for CPUs) or fp8 (for GPUs) weights.",
         rich_help_panel="Machine",
         show_default=False,
     ),

@@ -60,7 +60,7 @@ class Part:
 
     Attributes:
         parameters: None where only its own library knows.
-        linear: rows and columns of the linear layers in blocks, which int8 and int4 make smaller.
+        linear: rows and columns of the linear layers in blocks, which int8, fp8 and int4 make smaller.
         largest: its largest layer; None where the part was not counted layer by layer.
     """
 
@@ -87,6 +87,7 @@ _PRECISIONS: Mapping[str, Callable[[int, int], int]] = {
     "float32": lambda rows, columns: 4 * rows * columns,
     "16 bit": lambda rows, columns: 2 * rows * columns,
     "int8": lambda rows, columns: coarse_size(torch.Size((rows, columns)), "int8"),
+    "fp8": lambda rows, columns: coarse_size(torch.Size((rows, columns)), "fp8"),
     "int4": lambda rows, columns: coarse_size(torch.Size((rows, columns)), "int4"),
 }
 PRECISIONS = tuple(_PRECISIONS)
@@ -158,7 +159,7 @@ def memory_of(config: Blip2Config, parts: Sequence[Part]) -> list[Memory]:
                 inference,
                 inference + (ADAM - 1) * 4 * trained,
                 None if size is None else ADAM * size * count,
-                _CARD[precision] if published else None,
+                _CARD.get(precision) if published else None,
             )
         )
     return found

@@ -18,7 +18,11 @@ from blip2.config import OPTConfig
 from blip2.device import passes
 from blip2.errors import ConfigError
 from blip2.model.opt import OPT
-from blip2.quantize import GROUP, Int4Linear, Int8Linear, QuantLinear, quantized
+from blip2.quantize import half as half_weights
+from blip2.quantize import int4, int8, quantized
+from blip2.quantize.int4 import GROUP, Int4Linear
+from blip2.quantize.int8 import Int8Linear
+from blip2.quantize.linear import QuantLinear
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -32,10 +36,11 @@ OUTLIERS = {3: 60.0, 40: 45.0, 101: 50.0}  # channels, and how many times the re
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With what this machine multiplies with, and with nothing but plain weights."""
     if request.param == "plain":
-        monkeypatch.setattr(quantize, "multiplies_whole_numbers", lambda _: False)
-        monkeypatch.setattr(quantize, "reads_int8", lambda: False)
-        monkeypatch.setattr(quantize, "reads_int4", lambda: None)
-        monkeypatch.setattr(quantize, "multiplies_half", lambda: False)
+        monkeypatch.setattr(int8, "multiplies_whole_numbers", lambda _: False)
+        monkeypatch.setattr(int8, "reads_int8", lambda: False)
+        for module in (int4, quantize):
+            monkeypatch.setattr(module, "reads_int4", lambda: None)
+        monkeypatch.setattr(half_weights, "multiplies_half", lambda: False)
     return request.param
 
 
@@ -63,7 +68,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("scheme", "tolerance"), [("int8", 1e-3), ("int4", 1e-2), ("half", 1e-6)])
+@pytest.mark.parametrize(("scheme", "tolerance"), [("int8", 1e-3), ("int4", 1e-2), ("half", 1e-6), ("fp8", 1e-2)])
 @pytest.mark.parametrize("rows", [1, 5, 40, 257])
 def test_activations_with_outliers_meet_the_coarse_weights_themselves(
     kernels: str, scheme: quantize.Scheme, tolerance: float, rows: int, device: torch.device
@@ -79,17 +84,17 @@ def test_activations_with_outliers_meet_the_coarse_weights_themselves(
 
 def test_int8_is_half_a_step_of_each_output_channel_and_int4_of_each_group():
     plain = linear().weight
-    int8, int4 = (quantized(linear(), plain, scheme, CPU) for scheme in ("int8", "int4"))
-    assert isinstance(int8, Int8Linear)
-    assert isinstance(int4, Int4Linear)
+    eight, four = (quantized(linear(), plain, scheme, CPU) for scheme in ("int8", "int4"))
+    assert isinstance(eight, Int8Linear)
+    assert isinstance(four, Int4Linear)
     step = plain.abs().amax(1) / 127
-    assert ((weights(int8) - plain).abs() <= step[:, None] * 0.501).all()
+    assert ((weights(eight) - plain).abs() <= step[:, None] * 0.501).all()
     groups = plain.view(len(plain), -1, GROUP)
     step = (groups.amax(2) - groups.amin(2)) / 15
-    error = (weights(int4).view_as(groups) - groups).abs()
+    error = (weights(four).view_as(groups) - groups).abs()
     assert (error <= step[..., None] * 0.58 + 1e-9).all()  # scale and zero are rounded to bfloat16: 2**-8 of 8 steps
-    assert (weights(int8)[9] == 0).all()
-    assert (weights(int4)[9].abs() < 1e-30).all()
+    assert (weights(eight)[9] == 0).all()
+    assert (weights(four)[9].abs() < 1e-30).all()
 
 
 def test_a_row_does_not_depend_on_its_neighbours(kernels: str):
@@ -97,7 +102,7 @@ def test_a_row_does_not_depend_on_its_neighbours(kernels: str):
     x = activations(6)
     together = layer(x)
     x[1:] *= 1000
-    if kernels == "as found" and quantize.multiplies_whole_numbers("cpu"):
+    if kernels == "as found" and products.multiplies_whole_numbers("cpu"):
         assert torch.equal(layer(x)[0], together[0])  # sums of whole numbers, the same in any batch
     torch.testing.assert_close(layer(x)[0], together[0], rtol=1e-5, atol=1e-5)
 
@@ -143,18 +148,18 @@ def test_a_kernel_that_is_missing_or_wrong_is_not_used(monkeypatch: pytest.Monke
     assert not passes(missing)
     assert passes(lambda: True)
     right = torch.ops.aten._int_mm
-    quantize.multiplies_whole_numbers.cache_clear()
+    products.multiplies_whole_numbers.cache_clear()
     monkeypatch.setattr(torch.ops.aten, "_int_mm", lambda x, y: right(x, y).clamp(-(2**15), 2**15 - 1))
-    assert not quantize.multiplies_whole_numbers("cpu")
-    quantize.multiplies_whole_numbers.cache_clear()
+    assert not products.multiplies_whole_numbers("cpu")
+    products.multiplies_whole_numbers.cache_clear()
 
 
 def test_few_rows_by_the_kernel_of_cpus_without_vnni(monkeypatch: pytest.MonkeyPatch):
-    if not quantize.reads_int8():
+    if not products.reads_int8():
         pytest.skip("this torch has no such kernel")
-    monkeypatch.setattr(quantize, "multiplies_whole_numbers", lambda _: False)
+    monkeypatch.setattr(int8, "multiplies_whole_numbers", lambda _: False)
     layer = quantized(linear(), linear().weight, "int8", CPU)
-    for rows in (quantize.FEW, quantize.FEW + 1):
+    for rows in (int8.FEW, int8.FEW + 1):
         x = activations(rows)
         assert relative(layer(x), F.linear(x, weights(layer), layer.bias)) < 1e-2
 
@@ -165,7 +170,7 @@ def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     kind = next((each for each in products.packings() if each.name == request.param), None)
     if kind is None:
         pytest.skip(f"{request.param} has no packed product that is exact here")
-    monkeypatch.setattr(quantize, "packing", lambda: kind)
+    monkeypatch.setattr(int8, "packing", lambda: kind)
 
 
 @pytest.mark.usefixtures("packs")
@@ -195,9 +200,9 @@ def test_packed_weights_give_the_same_and_come_back_as_they_were():
 def test_half_weights_are_those_of_a_bfloat16_checkpoint_and_large_ones_are_cut(
     kernel: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    if kernel and not quantize.multiplies_half():
+    if kernel and not products.multiplies_half():
         pytest.skip("this torch has no product with float16 weights")
-    monkeypatch.setattr(quantize, "multiplies_half", lambda: kernel)
+    monkeypatch.setattr(half_weights, "multiplies_half", lambda: kernel)
     plain = linear().bfloat16()
     layer = quantized(plain, plain.weight, "half", CPU)
     layer.pack()
@@ -223,7 +228,7 @@ def test_even_rows_in_one_half_err_as_much_as_weights_do_and_uneven_ones_less():
     expected = F.linear(x, weights(layer), layer.bias)
     errors = (layer(x) - expected).norm(dim=1) / expected.norm(dim=1)
     assert errors[::2].max() < 1e-3
-    assert errors[1::2].mean() < (0.014 if quantize.multiplies_whole_numbers("cpu") else 1e-2)
+    assert errors[1::2].mean() < (0.014 if products.multiplies_whole_numbers("cpu") else 1e-2)
     assert torch.equal(layer(x[7:9]), layer(x)[7:9])
 
 
@@ -255,6 +260,6 @@ def test_only_linear_layers_in_blocks_become_coarse():
 
 
 def test_an_unknown_scheme_lists_the_known():
-    with pytest.raises(ConfigError, match="quantize 'int3' is none; use int8, int4, half"):
-        quantize.check_scheme("int3")
-    assert quantize.check_scheme(None) is None
+    with pytest.raises(ConfigError, match="quantize 'int3' is none; use int8, fp8, int4, half"):
+        quantize.check_scheme("int3", CPU)
+    assert quantize.check_scheme(None, CPU) is None
