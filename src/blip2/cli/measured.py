@@ -18,6 +18,7 @@ import typer
 
 from blip2.cli.console import note, stderr, table
 from blip2.cli.options import check_out
+from blip2.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from blip2.blip2 import Blip2
@@ -161,6 +162,35 @@ def bars() -> Generator[Progress]:
 
     with shown:
         yield show
+
+
+def java_splits(asked: bool | None, spice: bool) -> bool:
+    """Whether Java splits the captions: it has to where it was asked for by name, else where one works.
+
+    Raises:
+        MissingExtraError, ConfigError: what was asked for cannot be had; said before the first caption is written.
+    """
+    from blip2.evaluate.captioning import check_tools
+
+    wanted = spice if asked is None else asked
+    check_tools(java=wanted, spice=spice)
+    if wanted or asked is not None:
+        return wanted
+    try:
+        check_tools()
+    except (MissingExtraError, ConfigError) as error:
+        note(f"no METEOR, and captions are split by our own rules: {error}")
+        return False
+    return True
+
+
+def tell_failed(failed: Mapping[str, str]) -> None:
+    """Say what Java failed at, and why; the other scores are there."""
+    from blip2.evaluate.captioning import TOKENIZER
+
+    for name, why in failed.items():
+        without = "Java's tokenizer failed, without which there is no METEOR" if name == TOKENIZER else f"no {name}"
+        note(f"error: {without}: {why}")
 
 
 def tell_unread(written: Sequence[Written]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -147,6 +148,8 @@ def evaluate_captions(
 ) -> tuple[dict[str, Estimate], list[Written]]:
     """Scores by name, see `captions`, and the captions; a picture that could not be read has an empty one.
 
+    A Java program that fails once the captions are there costs its own score only, and is a warning.
+
     Args:
         java, spice: see `captions`.
         kept: see `write_captions`.
@@ -159,18 +162,31 @@ def evaluate_captions(
     if alone is not None:
         raise DataError(f"{alone!r} has no caption to compare with")
     written = write_captions(model, samples, how, kept=kept, batch_size=batch_size, progress=progress)
-    return score_captions(samples, [found.text for found in written], java=java, spice=spice), written
+    failed: dict[str, str] = {}
+    numbers = score_captions(samples, [found.text for found in written], java=java, spice=spice, failed=failed)
+    for name, why in failed.items():
+        warnings.warn(f"{name}: {why}", stacklevel=2)
+    return numbers, written
 
 
 def score_captions(
-    samples: Sequence[Sample], written: Sequence[str], *, java: bool = True, spice: bool = False
+    samples: Sequence[Sample],
+    written: Sequence[str],
+    *,
+    java: bool = True,
+    spice: bool = False,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Estimate]:
-    """Scores of all, and after the domain's name those of each domain by itself, as NoCaps reports them."""
-    numbers = captions(written, [sample.captions for sample in samples], java=java, spice=spice)
+    """Scores of all, and after the domain's name those of each domain by itself, as NoCaps reports them.
+
+    Args:
+        java, spice, failed: see `captions`.
+    """
+    numbers = captions(written, [sample.captions for sample in samples], java=java, spice=spice, failed=failed)
     for domain in sorted({sample.domain for sample in samples} - {""}):
         rows = [row for row, sample in enumerate(samples) if sample.domain == domain]
         references = [samples[row].captions for row in rows]
-        found = captions([written[row] for row in rows], references, java=java, spice=spice)
+        found = captions([written[row] for row in rows], references, java=java, spice=spice, failed=failed)
         numbers |= {f"{domain} {name}": estimate for name, estimate in found.items()}
     return numbers
 
