@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from blip2.blip2 import Blip2
     from blip2.evaluate.estimate import Estimate
     from blip2.evaluate.kept import Kept
-    from blip2.evaluate.run import Progress
+    from blip2.evaluate.run import NamedProgress
     from blip2.evaluate.writing import Written
 
 QUIET = "question type: "  # VQAv2 has 65 of them: in the files, not on the screen
@@ -150,7 +150,7 @@ def _cells(found: Estimate | float) -> list[str]:
 
 
 @contextmanager
-def bars() -> Generator[Progress]:
+def bars() -> Generator[NamedProgress]:
     """A bar on stderr for each thing that is done, if that is a terminal."""
     shown = rich.progress.Progress(console=stderr(), disable=not sys.stderr.isatty())
     tasks: dict[str, rich.progress.TaskID] = {}
