@@ -10,7 +10,7 @@ import typer
 
 from blip2.cli.console import listing, result_json
 from blip2.cli.index import Cache, OwnModel, Place, opened_index, report_failures, shown_path
-from blip2.cli.options import Batch, Device, Dtype, Json, Quantize, check_out
+from blip2.cli.options import Batch, Device, Dtype, Json, Quantize, check_out, check_texts
 from blip2.errors import ImageError, MissingExtraError, PromptError
 from blip2.files import replacing
 
@@ -66,12 +66,16 @@ def search(
     """
     if text is None and image is None:
         raise PromptError("say what to look for: a text in quotes, --image FILE, or both")
+    check_texts("the text to look for", *([] if text is None else [text]))
     if html:
         check_out(html)
+    from blip2.image import open as open_image
     from blip2.search.where import parse
 
     for condition in where or []:
         parse(condition)  # what is wrong is said before a model is loaded
+    if image is not None:
+        open_image(image)
     made = opened_index(
         place, model=model, cache=cache, batch_size=batch_size, device=device, dtype=dtype, quantize=quantize
     )

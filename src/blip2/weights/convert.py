@@ -13,7 +13,7 @@ from blip2.calibration import Calibration
 from blip2.config import PartConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.weights import calibrated, hub, lavis, paddle, transformers
-from blip2.weights.assemble import assemble
+from blip2.weights.assemble import assemble, model_directory
 from blip2.weights.load import load_config
 
 Format = Literal["transformers", "lavis", "paddle"]
@@ -37,7 +37,7 @@ def convert(
         raise ConfigError("--vision is for LAVIS: the other formats always hold the image encoder")
     if to == "lavis" and target.suffix != lavis.SUFFIX:
         raise CheckpointError(f"{target}: a LAVIS file is called *{lavis.SUFFIX}")
-    place = hub.download(str(source)) if hub.is_name(str(source)) else Path(source)
+    place = hub.download(str(source)) if hub.is_name(str(source)) else model_directory(source)
     calibration = _write(_open(place, parts), place, target, to, vision)
     if calibration is None:
         return
