@@ -53,9 +53,8 @@ def load(
             the cache has and ask nobody.
         parts: of a LAVIS file, which holds what was trained only: where its `vision`, `language` and `text` are; those
             left out are looked for beside it (`eva_vit_g.pth`, `opt-2.7b/`, `bert-base-uncased/`, ...).
-        calibration: of matching probabilities. True takes the `calibration.json` in the model's directory, or beside
-            its file, where there is one, False leaves them as the head says; or a file that `blip2 calibrate` wrote for
-            this model.
+        calibration: of matching probabilities. True takes the `calibration.json` of the model where there is one, False
+            leaves them as the head says; or a file that `blip2 calibrate` wrote for this model.
     Raises:
         CheckpointError: no such model, or it is damaged.
         ConfigError: an argument has a value that there is not, or that does not go with the others.

@@ -184,13 +184,20 @@ def java_splits(asked: bool | None, spice: bool) -> bool:
     return True
 
 
-def tell_failed(failed: Mapping[str, str]) -> None:
-    """Say what Java failed at, and why; the other scores are there."""
+def tell_failed(failed: Mapping[str, str], written: Sequence[Written], java: bool | None) -> None:
+    """Say what Java failed at, and why, and what `tell_unread` says; end with 1 where it was asked for by name.
+
+    Args:
+        java: whether it was; SPICE always is.
+    """
     from blip2.evaluate.captioning import TOKENIZER
 
     for name, why in failed.items():
         without = "Java's tokenizer failed, without which there is no METEOR" if name == TOKENIZER else f"no {name}"
         note(f"error: {without}: {why}")
+    tell_unread(written)
+    if failed and (java or "SPICE" in failed):
+        raise typer.Exit(1)
 
 
 def tell_unread(written: Sequence[Written]) -> None:
