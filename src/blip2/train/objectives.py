@@ -276,8 +276,8 @@ class Stage2(nn.Module):
         visual = self._visual(look, sight, batch, asked)  # (R, Q, Dl)
         layout = self.bridge.config.prompts.visual
         embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
-        alike = self._alike(batch, asked), visual.shape[1] + (self.bos is not None)  # what stands before the prompts
-        log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, alike)  # (R, T')
+        before = alike(batch.owners, asked), visual.shape[1] + (self.bos is not None)  # the prompts
+        log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, before)  # (R, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.keep is not None:
             losses |= self.keep.losses(look, sight, patches, batch, seed)
@@ -297,12 +297,18 @@ class Stage2(nn.Module):
         """bool[R]: texts that answer a question which the Q-Former reads; None where it reads none."""
         return self.bridge.qformer.real(batch.questions).any(1) if batch.questions.numel() else None
 
-    def _alike(self, batch: Batch, asked: Tensor | None) -> Tensor:
-        """int64[R], not falling: equal where rows have the same queries before them, as captions of one picture do."""
-        if asked is None:
-            return batch.owners
-        other = batch.owners[1:] != batch.owners[:-1]
-        return F.pad((other | asked[1:] | asked[:-1]).cumsum(0), (1, 0))
+
+def alike(owners: Tensor, asked: Tensor | None) -> Tensor:
+    """int64[R], not falling: equal where rows have the same queries before them, as captions of one picture do.
+
+    Args:
+        owners: int64[R], the picture of each row.
+        asked: bool[R], rows whose queries heed a question of their own; None where none does.
+    """
+    if asked is None:
+        return owners
+    other = owners[1:] != owners[:-1]
+    return F.pad((other | asked[1:] | asked[:-1]).cumsum(0), (1, 0))
 
 
 def encode(encoder: ImageEncoder | None, images: Tensor) -> Tensor:
