@@ -99,7 +99,10 @@ def test_spice_tells_what_it_needs_before_anything_is_written(install: Install) 
     with pytest.raises(ConfigError, match="SPICE is a Java program"):
         check_tools(java=False, spice=True)
     install(SAYS_11)
-    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0\.jar .*get_stanford_models"):
+    with pytest.raises(ConfigError, match=r"^SPICE needs stanford-corenlp-3\.6\.0\.jar .*get_stanford_models"):
+        check_tools(spice=True)
+    install(SAYS_11.replace("11.0.20", "17.0.2"))
+    with pytest.raises(ConfigError, match=r"is Java 17: put OpenJDK 8 or 11 .*get_stanford_models"):
         check_tools(spice=True)
 
 

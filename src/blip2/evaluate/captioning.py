@@ -93,8 +93,14 @@ def check_tools(*, java: bool = True, spice: bool = False) -> None:
         return
     if not java:
         raise ConfigError("SPICE is a Java program: ask for it with Java, or leave it out")
-    spice_folder()
-    find_java_for_spice()
+    lacking: list[str] = []
+    for find in (find_java_for_spice, spice_folder):
+        try:
+            find()
+        except ConfigError as error:
+            lacking.append(str(error))
+    if lacking:
+        raise ConfigError("; ".join(lacking))  # all of it at once: neither is quick to get
 
 
 def _unless(failed: dict[str, str] | None, name: str, work: Callable[[], T]) -> T | None:
