@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.remedies import evenly
@@ -69,9 +70,14 @@ def said(model: Blip2, features: ImageFeatures, ids: Sequence[int]) -> Tensor:
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's, of values without ties."""
-    ranks = [np.argsort(np.argsort(values.flatten().cpu().numpy())) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    """Spearman's: equal values share the mean of their ranks; 0 where all values of one are equal."""
+    ranks = [_ranks(values.flatten().cpu().numpy()) for values in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(each) for each in ranks) else 0.0
+
+
+def _ranks(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
 
 
 def compared(model: Blip2, square: Tensor, text: str) -> Iterator[tuple[str, float]]:
@@ -99,18 +105,26 @@ def compared(model: Blip2, square: Tensor, text: str) -> Iterator[tuple[str, flo
         yield "caption, evidence", rank_correlation(grid(written.evidence), cost)
 
 
+def positive(text: str) -> int:
+    """A number of pictures, one at least."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: one picture at least")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures")
-    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--limit", type=positive, default=20)
     parser.add_argument("--model")
     given = parser.parse_args()
     model = load(given.model)
     found: dict[str, list[float]] = defaultdict(list)
     samples = [(sample.image, sample.captions) for sample in sources.read(given.pictures)]
-    for source, captions in evenly(
-        [pair for pair in samples if pair[1] and isinstance(pair[0], ImageRef)], given.limit
-    ):
+    told = [(source, captions) for source, captions in samples if captions and isinstance(source, ImageRef)]
+    if not told:
+        parser.error(f"{given.pictures}: has no pictures with captions")
+    for source, captions in evenly(told, given.limit):
         square = torch.from_numpy(model.transform.square(image.open(source.read())).copy())
         by_name: dict[str, list[float]] = defaultdict(list)
         for name, value in compared(model, square, captions[0]):

@@ -32,8 +32,8 @@ from blip2.adapters.efficientnet import class_names
 from blip2.config import PRESETS, PartConfig
 from blip2.data.shards import ImageRef
 from blip2.data.sources import Prototype, Sample
-from blip2.evaluate.captioning import tokenize
 from blip2.evaluate.estimate import mean
+from blip2.evaluate.java import tokenize
 from blip2.model.qformer import QFormer
 from blip2.weights.bert import start_from_bert
 

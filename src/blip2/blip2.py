@@ -373,18 +373,22 @@ class Blip2:
 
     @torch.inference_mode()
     def rank(
-        self, features: ImageFeatures, prompts: Sequence[str], choices: Sequence[str], counts: Sequence[int] = ()
+        self,
+        features: ImageFeatures,
+        prompts: Sequence[str],
+        choices: Sequence[str],
+        counts: Sequence[int] | None = None,
     ) -> list[Ranking]:
         """Given answers after prompts, in the words that the language model is given.
 
         Args:
-            counts: images of each prompt, one each where empty.
+            counts: images of each prompt; one each where None.
         Raises:
             PromptError: fewer than two choices, or an empty one.
         """
         language, tokenizer = self.writer()
         ids = tokenizer.choices(choices)
-        asked = self._asked(features, prompts, max(map(len, ids)), counts or [1] * len(prompts))
+        asked = self._asked(features, prompts, max(map(len, ids)), [1] * len(prompts) if counts is None else counts)
         embeds, lengths, past = asked.prefix()
         scores = generate.rank(language, embeds, lengths, ids, past)  # (N, C)
         return [Ranking(tuple(choices), tuple(row)) for row in scores.tolist()]

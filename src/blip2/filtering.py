@@ -17,9 +17,9 @@ from PIL.Image import Image
 from blip2.blip2 import Blip2
 from blip2.choosing import By, fits
 from blip2.data.sources import Prototype, Sample
-from blip2.errors import DataError, ImageError
+from blip2.errors import DataError
 from blip2.evaluate.kept import Kept, Row, write_lines
-from blip2.evaluate.run import Progress, picture_of, silent
+from blip2.evaluate.run import NamedProgress, of_readable, picture_of, silent
 
 KEPT, DROPPED = "kept.jsonl", "dropped.jsonl"
 BATCH = 16
@@ -44,7 +44,7 @@ def judge(
     *,
     kept: Kept | None = None,
     batch_size: int = BATCH,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> list[Row]:
     """Of each sample what its texts are worth, `{"itm": [...], "itc": [...]}`, or `{"error": ...}`.
 
@@ -54,27 +54,17 @@ def judge(
         ConfigError: the model does not match.
     """
 
-    def work(batch: Sequence[Sample]) -> list[Row]:
-        found: list[Row] = []
-        pictures: list[Image] = []
-        readable: list[Sample] = []
-        for sample in batch:
-            try:
-                pictures.append(picture_of(sample.id, sample.image))
-                readable.append(sample)
-            except ImageError as error:
-                found.append({"error": str(error)})
-            else:
-                found.append({"itm": [], "itc": []})
-        if not readable:
-            return found
-        rows = [row for row in found if "error" not in row]
+    def worth(readable: Sequence[Sample], pictures: Sequence[Image]) -> list[Row]:
+        rows: list[Row] = [{"itm": [], "itc": []} for _ in readable]
         texts = [(number, text) for number, sample in enumerate(readable) for text in sample.captions]
-        worth = fits(model, model.encode(pictures), [text for _, text in texts], [number for number, _ in texts])
-        for (number, _), itm, itc in zip(texts, *(each.tolist() for each in worth), strict=True):
+        found = fits(model, model.encode(pictures), [text for _, text in texts], [number for number, _ in texts])
+        for (number, _), itm, itc in zip(texts, *(each.tolist() for each in found), strict=True):
             rows[number]["itm"].append(itm)
             rows[number]["itc"].append(itc)
-        return found
+        return rows
+
+    def work(batch: Sequence[Sample]) -> list[Row]:
+        return of_readable(batch, lambda sample: picture_of(sample.id, sample.image), worth)
 
     return (kept or Kept()).complete(
         samples, lambda sample: sample.id, work, batch_size, lambda done, total: progress("pictures", done, total)

@@ -278,7 +278,7 @@ def _regular_file(path: Path) -> Generator[IO[bytes]]:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise ImageError("is a folder; pass the files in it, which image.find_images lists")
+            raise ImageError("is a folder, not a picture; name a file in it (in Python, image.find_images lists them)")
         if not stat.S_ISREG(mode):
             raise ImageError("is no regular file; pass a file, or its bytes")
         file = path.open("rb")

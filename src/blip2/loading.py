@@ -53,8 +53,8 @@ def load(
             the cache has and ask nobody.
         parts: of a LAVIS file, which holds what was trained only: where its `vision`, `language` and `text` are; those
             left out are looked for beside it (`eva_vit_g.pth`, `opt-2.7b/`, `bert-base-uncased/`, ...).
-        calibration: of matching probabilities. True takes the `calibration.json` in the model's directory where there
-            is one, False leaves them as the head says; or a file that `blip2 calibrate` wrote for this model.
+        calibration: of matching probabilities. True takes the `calibration.json` of the model where there is one, False
+            leaves them as the head says; or a file that `blip2 calibrate` wrote for this model.
     Raises:
         CheckpointError: no such model, or it is damaged.
         ConfigError: an argument has a value that there is not, or that does not go with the others.
@@ -96,14 +96,16 @@ def _read(
     from blip2.weights.assemble import assemble
 
     if str(name).endswith(lavis.SUFFIX):
-        return lavis.load(Path(str(name)), place, half, memory, parts=parts)
-    if parts:
-        raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
-    directory = _directory(name, revision, token, offline)
-    model = assemble(directory, place, half, memory)
+        where = Path(str(name))
+        model = lavis.load(where, place, half, memory, parts=parts)
+    else:
+        if parts:
+            raise ConfigError(f"{name}: `parts` are those of a LAVIS file (.pth); other models name or hold theirs")
+        where = _directory(name, revision, token, offline)
+        model = assemble(where, place, half, memory)
     if not calibration:
         return model
-    return dataclasses.replace(model, calibration=calibrated.beside(directory, model.identity))
+    return dataclasses.replace(model, calibration=calibrated.beside(where, model.identity))
 
 
 def _directory(name: str | Path | None, revision: str | None, token: str | None, offline: bool) -> Path:

@@ -6,11 +6,15 @@ K a part of it, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with how many are done, of how many."""
 
 
 @runtime_checkable

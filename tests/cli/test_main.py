@@ -21,6 +21,7 @@ COMMANDS = (
     *("info", "convert", "verify", "train", "bench", "evaluate"),
 )
 EVALUATIONS = ("caption", "vqa", "gqa", "retrieval")
+PICTURE = str(Path(__file__).parents[2] / "docs" / "cat.jpg")
 START = "from blip2.cli import main; main()"
 
 
@@ -68,6 +69,11 @@ def test_version_is_that_of_the_package():
     assert blip2.__version__ == version("blip2")
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "blip2", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"blip2 {blip2.__version__}\n"
+
+
 def test_a_wrong_call_exits_with_2_and_says_so_on_stderr():
     for words in (
         ["nothing"],
@@ -96,7 +102,7 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path):
 
 def test_a_fault_of_ours_is_one_line_that_asks_for_a_report():
     code = f"import blip2\ndef load(*_, **__): return 1 / 0\nblip2.load = load\n{START}"
-    result = command("match", "a.jpg", "-t", "a dog", code=code)
+    result = command("match", PICTURE, "-t", "a dog", code=code)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ZeroDivisionError")
     assert "BLIP2_DEBUG=1" in result.stderr
@@ -113,7 +119,7 @@ def load(*_, **__):
 blip2.load = load
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", ctrl_c + load + START, "match", "a.jpg", "-t", "a dog"],
+        [sys.executable, "-c", ctrl_c + load + START, "match", PICTURE, "-t", "a dog"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

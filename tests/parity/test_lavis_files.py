@@ -193,5 +193,7 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(tmp_pat
     with pytest.raises(CheckpointError, match="EVA ViT-g layout only"):
         transformers_format.save(load(CONFIGS["stage 1, ViT-L"], tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match="neither the directory of a model nor a LAVIS file"):
+    with pytest.raises(CheckpointError, match="its `vision` is a named frozen part"):
         convert("mini", tmp_path / "out", "transformers")
+    with pytest.raises(CheckpointError, match="neither the directory of a model nor a LAVIS file"):
+        convert(tmp_path / "nowhere", tmp_path / "out", "transformers")

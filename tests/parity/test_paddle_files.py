@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import blip2
+from blip2.calibration import Calibration
 from blip2.config import Blip2Config, OPTConfig, QFormerConfig, T5Config, VisionConfig
 from blip2.errors import CheckpointError
 from blip2.model.bridge import Bridge
 from blip2.model.vision import VisionTransformer
-from blip2.weights import paddle, pdparams
+from blip2.weights import calibrated, paddle, pdparams
 from blip2.weights.convert import convert
 from blip2.weights.maps import paddle as maps
 from blip2.weights.maps import transformers_config as keys
@@ -110,12 +111,14 @@ def test_a_directory_is_a_model_and_converts_and_comes_back_bit_for_bit(kind: st
         torch.testing.assert_close(part.state_dict()[path], tensor, rtol=0.01 if rounded else 0, atol=0)
     assert isinstance(model.caption(PHOTO, max_new_tokens=4), str)
 
+    calibrated.write(calibrated.place(place), Calibration(2.0), model.identity)
     convert(place, tmp_path / "theirs", "transformers")
     convert(tmp_path / "theirs", tmp_path / "again", "paddle")
     again, expected = pdparams.read(tmp_path / "again" / "model_state.pdparams"), arrays(kind)[1]
     assert again.keys() == expected.keys()
     assert all(again[name].dtype == t.dtype and torch.equal(again[name], t) for name, t in expected.items())
-    assert blip2.load(tmp_path / "again", device="cpu").config == config(kind)
+    back = blip2.load(tmp_path / "again", device="cpu")
+    assert (back.config, back.calibration) == (config(kind), Calibration(2.0))
 
 
 def test_linear_weights_lie_the_other_way_round_and_no_others():

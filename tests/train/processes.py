@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blip2.train.parts import Parts
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tiny", "blip2.train.loop", "torch.utils.tensorboard"])
@@ -31,9 +34,19 @@ def finish(process: ForkServerProcess, seconds: float = 120) -> int | None:
 
 
 def run_tiny(values: dict[str, Any]) -> None:
-    """One run, as the command line makes it: an interruption is exit code 130. What it says goes into `said`."""
+    """One run of the tiny parts, see `_run`."""
     import tiny
 
+    _run(values, tiny.parts())
+
+
+def run_start(values: dict[str, Any]) -> None:
+    """One run of the model that the recipe starts from, see `_run`."""
+    _run(values, None)
+
+
+def _run(values: dict[str, Any], parts: Parts | None) -> None:
+    """As the command line makes it: an interruption is exit code 130. What it says goes into `said`."""
     from blip2.errors import Blip2Error
     from blip2.train.loop import Interrupted, train
     from blip2.train.recipe import parse
@@ -41,7 +54,7 @@ def run_tiny(values: dict[str, Any]) -> None:
     with said(values).open("a") as file:
         os.dup2(file.fileno(), 2)
     try:
-        train(parse(values), tiny.parts())
+        train(parse(values), parts)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)
@@ -55,13 +68,15 @@ def said(values: dict[str, Any]) -> Path:
     return Path(f"{values['output']}.said")
 
 
-def run_ranks(values: dict[str, Any], ranks: int) -> list[int | None]:
+def run_ranks(
+    values: dict[str, Any], ranks: int, target: Callable[[dict[str, Any]], None] = run_tiny
+) -> list[int | None]:
     """The same run on several ranks of this machine, as `torchrun` starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [start(run_tiny, values, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+    processes = [start(target, values, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
     return [finish(process) for process in processes]
 
 

@@ -4,23 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fine
 import pytest
 import tiny
 import torch
-from processes import finish, run_ranks, run_tiny, said, start
+from processes import finish, run_ranks, run_start, run_tiny, said, start
+from safetensors.torch import load_file
 
 from blip2.errors import ConfigError
 from blip2.train import checkpoint
 from blip2.train.distributed import World, _Gather, join_world, rank_device  # pyright: ignore[reportPrivateUsage]
 from blip2.train.log import say
-from blip2.weights import load
 
 CLOSE = 1e-5  # of losses and gradients: float32 sums in another order; the worst measured is 4e-8 for a gradient
 CLOSE_WEIGHTS = 1e-4  # AdamW makes a step of rounding where a gradient is almost nothing; the worst measured is 2e-5
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
 
 
@@ -31,8 +32,21 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     """Trained weights; a key's bias has no gradient but rounding, which AdamW makes a step of: softmax ignores it."""
-    state = load(output / "model").bridge.state_dict()
+    files = (output / "model").rglob("*.safetensors")
+    state = {f"{file.stem}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
     return {name: tensor for name, tensor in state.items() if not name.endswith("key.bias")}
+
+
+def same(one: Path, two: Path) -> None:
+    """Two runs had the same losses and gradients, and came to the same weights."""
+    for alone, shared in zip(metrics(one), metrics(two), strict=True):
+        assert shared == pytest.approx(alone, rel=CLOSE, abs=CLOSE)
+    expected, found = weights(one), weights(two)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=CLOSE_WEIGHTS, msg=name)
+    for alone, shared in zip(mean_gradients(one), mean_gradients(two), strict=True):
+        torch.testing.assert_close(shared, alone, rtol=0, atol=CLOSE)
 
 
 def mean_gradients(output: Path) -> list[torch.Tensor]:
@@ -52,30 +66,48 @@ def mean_gradients(output: Path) -> list[torch.Tensor]:
     ],
     ids=lambda changes: " ".join(f"{key} {value}" for key, value in changes.items()),
 )
-def test_two_ranks_give_the_losses_gradients_and_weights_of_one(changes: dict[str, Any], data: Path, tmp_path: Path):
-    values = changes | {"steps": 6, "validate": {"data": str(data), "every": 3, "limit": 16}}
-    assert finish(start(run_tiny, tiny.recipe(data, tmp_path / "one", **values))) == 0
-    assert run_ranks(tiny.recipe(data, tmp_path / "two", **values), 2) == [0, 0]
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert two == pytest.approx(one, rel=CLOSE, abs=CLOSE)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=CLOSE_WEIGHTS, msg=name)
-    for one, two in zip(mean_gradients(tmp_path / "one"), mean_gradients(tmp_path / "two"), strict=True):
-        torch.testing.assert_close(two, one, rtol=0, atol=CLOSE)
+def test_two_ranks_give_the_losses_gradients_and_weights_of_one(changes: dict[str, Any], shapes: Path, tmp_path: Path):
+    values = changes | {"steps": 6, "validate": {"data": str(shapes), "every": 3, "limit": 16}}
+    assert finish(start(run_tiny, tiny.recipe(shapes, tmp_path / "one", **values))) == 0
+    assert run_ranks(tiny.recipe(shapes, tmp_path / "two", **values), 2) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two")
 
 
-def test_two_ranks_find_the_queries_as_diverse_as_one_does(data: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"train": ["*"], "vision": {"train": True, "layer_decay": 0.8}}, "vision.safetensors"),
+        ({"train": ["*"], "vision": {"train": True, "recompute": True}, "accumulate": 2}, "vision.safetensors"),
+        ({"lora": {"rank": 2}}, "adapter/adapter_model.safetensors"),
+    ],
+    ids=["an encoder by depth", "a recomputed encoder in parts", "an adapter"],
+)
+def test_two_ranks_train_the_image_encoder_and_an_adapter_as_one_does(
+    changes: dict[str, Any], file: str, data: Path, opt: Path, tmp_path: Path
+):
+    still = {"qformer": {"dropout": 0.0}}  # every rank draws its own
+    values = changes | {"steps": 5, "clip": 0.5, "model": still}
+    assert finish(start(run_start, fine.recipe(data, opt, tmp_path / "one", **values))) == 0
+    assert run_ranks(fine.recipe(data, opt, tmp_path / "two", **values), 2, run_start) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two")
+    before = fine.load(opt)
+    after = fine.load(tmp_path / "two" / "model")
+    assert (tmp_path / "two" / "model" / file).is_file()
+    part = "encoder" if "vision" in file else "language"
+    assert fine.changed(fine.weights(getattr(before, part)), fine.weights(getattr(after, part))), "it has learned"
+
+
+def test_two_ranks_find_the_queries_as_diverse_as_one_does(shapes: Path, tmp_path: Path):
     values = {"steps": 3, "losses": {"diversity": 0.5}}
-    assert finish(start(run_tiny, tiny.recipe(data, tmp_path / "one", **values))) == 0
-    assert run_ranks(tiny.recipe(data, tmp_path / "two", **values), 2) == [0, 0]
+    assert finish(start(run_tiny, tiny.recipe(shapes, tmp_path / "one", **values))) == 0
+    assert run_ranks(tiny.recipe(shapes, tmp_path / "two", **values), 2) == [0, 0]
     one, two = ([line["diversity"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)  # of what images differ in, which is little in three steps
 
 
-def test_ranks_resume_from_the_checkpoint_that_the_first_of_them_wrote(data: Path, tmp_path: Path):
-    values = tiny.recipe(data, tmp_path / "run", steps=8)
-    whole = tiny.recipe(data, tmp_path / "whole", steps=8)
+def test_ranks_resume_from_the_checkpoint_that_the_first_of_them_wrote(shapes: Path, tmp_path: Path):
+    values = tiny.recipe(shapes, tmp_path / "run", steps=8)
+    whole = tiny.recipe(shapes, tmp_path / "whole", steps=8)
     assert run_ranks(whole, 2) == [0, 0]
     assert run_ranks(values, 2) == [0, 0]
     (tmp_path / "run" / "checkpoints" / "step-00000008.pt").unlink()
@@ -83,8 +115,8 @@ def test_ranks_resume_from_the_checkpoint_that_the_first_of_them_wrote(data: Pat
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(data: Path, tmp_path: Path):
-    values = tiny.recipe(data, tmp_path / "run", batch_size=15)
+def test_a_batch_that_ranks_cannot_share_is_refused(shapes: Path, tmp_path: Path):
+    values = tiny.recipe(shapes, tmp_path / "run", batch_size=15)
     assert run_ranks(values, 2) == [1, 1]
     assert "batch_size: parts of 15 rows cannot be shared by 2 ranks" in said(values).read_text()
 

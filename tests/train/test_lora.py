@@ -26,16 +26,6 @@ LORA = {"lora": {"rank": 3, "alpha": 6}}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fine.pictures(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module", params=["opt", "t5"])
-def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fine.model(request.param, tmp_path_factory.mktemp(request.param) / "start")
-
-
-@pytest.fixture(scope="module")
 def trained(data: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose adapter has learned something."""
     return fine.run(data, start, tmp_path_factory.mktemp("trained") / "run", steps=10, lr=1e-2, **LORA).model

@@ -19,21 +19,6 @@ STILL: dict[str, Any] = {"steps": 1, "lr": 1e-30, "clip": None}
 NEAR = 1e-6  # one step at that rate is no step
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fine.pictures(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module", params=["opt", "t5"])
-def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fine.model(request.param, tmp_path_factory.mktemp(request.param) / "start")
-
-
-@pytest.fixture(scope="module")
-def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fine.model("opt", tmp_path_factory.mktemp("opt") / "start")
-
-
 def test_a_model_of_transformers_is_a_start_and_what_did_not_change_is_not_saved_again(
     data: Path, start: Path, tmp_path: Path
 ):

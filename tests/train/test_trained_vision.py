@@ -20,13 +20,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # blocks that are computed twice are compu
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fine.pictures(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fine.model("opt", tmp_path_factory.mktemp("opt") / "start")
+def start(opt: Path) -> Path:
+    return opt
 
 
 def vit(**changes: object) -> VisionTransformer:

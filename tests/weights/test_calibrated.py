@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import blip2
+import lavis_files
 import tiny_model
 from blip2 import weights
 from blip2.calibration import Calibration
 from blip2.errors import CheckpointError
-from blip2.weights import calibrated
+from blip2.weights import calibrated, lavis
+from blip2.weights.convert import convert
 
 FITTED = Calibration(2.0, -1.0, 0.25)
 
@@ -66,6 +68,29 @@ def test_saving_carries_it_and_never_leaves_that_of_another_model(
     model.save(copy)
     weights.save(copy, model.config, model.bridge, vision=model.encoder)  # as training writes
     assert not (copy / calibrated.NAME).exists()
+
+
+def test_converting_carries_it_and_leaves_none_of_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = lavis_files.CONFIGS["stage 1"]
+    lavis_files.write(config, tmp_path)
+    monkeypatch.setattr(lavis, "published", lambda *_: config)
+    source = tmp_path / "blip2.pth"
+    convert(source, tmp_path / "plain", "transformers")
+    assert load(tmp_path / "plain").calibration is None
+    calibrated.write(calibrated.place(source), FITTED, load(source).identity)
+    assert load(source).calibration == FITTED
+    convert(source, tmp_path / "theirs", "transformers")
+    assert load(tmp_path / "theirs").calibration == FITTED
+    convert(tmp_path / "theirs", tmp_path / "again" / "blip2.pth", "lavis")
+    assert calibrated.beside(tmp_path / "again" / "blip2.pth", load(source).identity) == FITTED
+    convert(tmp_path / "plain", tmp_path / "again" / "blip2.pth", "lavis")
+    assert not calibrated.place(tmp_path / "again" / "blip2.pth").exists()
+    calibrated.write(tmp_path / "theirs" / calibrated.NAME, FITTED, "another")
+    with pytest.raises(CheckpointError, match="fitted for another model"):
+        convert(tmp_path / "theirs", tmp_path / "refused", "transformers")
+    assert not (tmp_path / "refused").exists()
+    convert(tmp_path / "plain", tmp_path / "theirs", "transformers")
+    assert load(tmp_path / "theirs").calibration is None
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,12 @@ paths ─ opened (threads) ─► squares ─ each (batches) ─► captions, ve
 
 from blip2.bulk.captions import caption_files, captions
 from blip2.bulk.reading import each
-from blip2.bulk.sinks import Captioned, Existing, Failure, Progress, Report
+from blip2.bulk.sinks import Captioned, Existing, Failure, Report
 
 __all__ = [
     "Captioned",
     "Existing",
     "Failure",
-    "Progress",
     "Report",
     "caption_files",
     "captions",

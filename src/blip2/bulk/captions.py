@@ -18,8 +18,9 @@ from torch import Tensor
 from blip2 import image
 from blip2.batching import BatchSize, Size
 from blip2.bulk.reading import each
-from blip2.bulk.sinks import Captioned, Existing, Failure, Progress, Report, sink
+from blip2.bulk.sinks import Captioned, Existing, Failure, Report, sink
 from blip2.errors import ConfigError
+from blip2.protocols import Progress
 
 
 class Captioner(Protocol):

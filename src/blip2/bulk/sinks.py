@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from blip2.errors import ConfigError, DataError
 from blip2.files import replacing
 
 Existing: TypeAlias = Literal["skip", "overwrite", "append"]
-Progress: TypeAlias = Callable[[int, int], None]  # called with how many images are through, and how many there are
 
 _RESULTS = frozenset(("caption", "captions", "error"))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli.console import note, one_line, open_model, result, result_json
-from blip2.cli.options import Chosen, Details, Device, Dtype, Image, Json, Model, Quantize, writes
+from blip2.cli.options import Chosen, Details, Device, Dtype, Image, Json, Model, Quantize, check_texts, writes
 from blip2.errors import PromptError
 
 if TYPE_CHECKING:
@@ -47,9 +47,13 @@ def ask(
     blip2 ask photo.jpg "how many dogs are there?" "what color is the dog?" --json
     ```
     """
+    from blip2.image import open as open_image
+
     given = _choices(choices, options)
+    check_texts("a question", *questions)
+    picture = open_image(image)  # what is wrong is said before a model is loaded
     opened = open_model(model, device, dtype, quantize)
-    features = opened.encode(image)
+    features = opened.encode(picture)
     for question in questions:
         text, found = _answer(opened, features, question, given, options)
         if json or details:
@@ -100,8 +104,11 @@ def chat(
     printf 'what is the man doing?\\nwhere is the man?\\n' | blip2 chat photo.jpg
     ```
     """
+    from blip2.image import open as open_image
+
+    picture = open_image(image)  # what is wrong is said before a model is loaded
     opened = open_model(model, device, dtype, quantize)
-    talk = opened.chat(image)
+    talk = opened.chat(picture)
     if sys.stdin.isatty():
         note(f"Ask about {image.name}. {HELP}")
     failed = False

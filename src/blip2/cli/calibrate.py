@@ -58,8 +58,8 @@ def calibrate(
     many of other pictures; a temperature and, where it helps, a bias are fitted; and what they change is measured on
     pictures that they were not fitted on: negative log-likelihood and calibration error, with 95% intervals.
 
-    The result goes into the model's folder as `calibration.json`, where every command finds it; for a model on the hub
-    or of one file name `--out`, and give it to `match --calibration`.
+    The result goes into the model's folder as `calibration.json`, beside a LAVIS file as `NAME.calibration.json`, where
+    every command finds it; for a model on the hub name `--out`, and give it to `match --calibration`.
 
     ```
     blip2 calibrate photos.csv --model runs/stage2/model
@@ -114,14 +114,14 @@ def _measure(pairs: Pairs, found: Calibration, plot: Path | None) -> None:
 def _place(model: str, out: Path | None) -> Path:
     """Where the calibration goes, known before anything is computed."""
     from blip2.weights.assemble import model_directory
-    from blip2.weights.calibrated import NAME
+    from blip2.weights.calibrated import place
 
     if out is not None:
         return out
-    directory = model_directory(model)
-    if not directory.is_dir():
+    found = Path(model) if Path(model).is_file() else model_directory(model)
+    if not found.exists():
         raise ConfigError(f"{model}: is no folder to write into; name a file with --out")
-    return directory / NAME
+    return place(found)
 
 
 def _samples(

@@ -35,8 +35,9 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format.
 
-    Every tensor keeps its type and its bits. A LAVIS file holds what was trained only: converting from one needs its
-    frozen parts, beside the file under their published names or given with --part; converting to one leaves them out.
+    Every tensor keeps its type and its bits, and a calibration goes along. A LAVIS file holds what was trained only:
+    converting from one needs its frozen parts, beside the file under their published names or given with --part;
+    converting to one leaves them out.
 
     ```
     blip2 convert Salesforce/blip2-opt-2.7b blip2_pretrained_opt2.7b.pth --to lavis

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from blip2.cli.console import note, open_model
-from blip2.cli.measured import Measurement, bars, tell_unread
+from blip2.cli.measured import Measurement, bars, java_splits, tell_failed, tell_unread
 from blip2.cli.options import Batch, BestOf, By, Chosen, Device, Dtype, FitBy, Model, Quantize, chosen_of, writes
 from blip2.errors import ConfigError, DataError
 
@@ -80,6 +80,15 @@ Report = Annotated[
     Path | None, typer.Option(help="A page with the numbers and the worst and best cases.", show_default=False)
 ]
 
+Java = Annotated[
+    bool | None,
+    typer.Option(
+        "--java/--no-java",
+        help="Java's tokenizer and METEOR; without: our own tokenizer. Unless told, where a Java works.",
+        show_default=False,
+    ),
+]
+
 
 @app.command()
 @writes
@@ -87,8 +96,8 @@ def caption(
     data: Data,
     *,
     protocol: Protocol = Named.own,
-    java: Annotated[bool, typer.Option(help="Without it: our own tokenizer, and no METEOR.")] = True,
-    spice: Annotated[bool, typer.Option("--spice", help="SPICE too, where its data is there.")] = False,
+    java: Java = None,
+    spice: Annotated[bool, typer.Option("--spice", help="SPICE too: it needs Java 8 or 11, and its data.")] = False,
     best_of: BestOf = None,
     by: By = FitBy.itm,
     out: Out = None,
@@ -121,8 +130,8 @@ def caption(
     from blip2.evaluate import captioning, protocols, writing
     from blip2.evaluate import report as pages
 
-    if scored:
-        captioning.check_tools(java=java, spice=spice)
+    by_java = scored and java_splits(java, spice)
+    failed: dict[str, str] = {}
     opened = open_model(model, device, dtype, quantize)
     how = protocols.captioning(protocol.value, opened).with_options({**options, **chosen_of(best_of, by)})
     made = how.settings(opened.config.prompts.caption)
@@ -130,15 +139,16 @@ def caption(
     with run.kept() as kept, bars() as progress:
         written = writing.write_captions(opened, samples, how, kept=kept, batch_size=batch_size, progress=progress)
         texts = [found.text for found in written]
-        numbers = writing.score_captions(samples, texts, java=java, spice=spice) if scored else {}
+        numbers = writing.score_captions(samples, texts, java=by_java, spice=spice, failed=failed) if scored else {}
+        by_java = by_java and captioning.TOKENIZER not in failed
         rows = [{"image_id": _number(sample.id), "caption": text} for sample, text in zip(samples, texts, strict=True)]
-        run.finish(numbers, rows, images=len(samples), tokenizer="Java's" if java else "our own")
+        run.finish(numbers, rows, images=len(samples), tokenizer="Java's" if by_java else "our own", failed=failed)
     if not scored:
         note("no numbers: the captions of these pictures are kept back; hand in predictions.json")
     elif report is not None:
         title = f"Captions of {model}: {Path(data).name}"
-        pages.write(report, title, numbers, run.settings(), pages.of_captions(samples, written, java=java))
-    tell_unread(written)
+        pages.write(report, title, numbers, run.settings(), pages.of_captions(samples, written, java=by_java))
+    tell_failed(failed, written, java)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli.console import listing, note, open_model, result, result_json
-from blip2.cli.options import Device, Dtype, Image, Json, Model, Quantize, check_out
+from blip2.cli.options import Device, Dtype, Image, Json, Model, Quantize, check_out, check_texts
 from blip2.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def explain(
 def _check(text: str | None, caption: bool, question: str | None, attention: bool) -> None:
     if sum([text is not None, caption, question is not None]) > 1:
         raise ConfigError("a text, --caption and --question do not go together: explain one at a time")
+    check_texts("the text", *([] if text is None else [text]))
+    check_texts("the question", *([] if question is None else [question]))
     if attention and text is None:
         raise ConfigError("--attention is of the words of a text: give one, or leave it out")
 

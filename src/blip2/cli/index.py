@@ -9,7 +9,7 @@ import typer
 
 from blip2.cli.console import TASK, note, open_model, progress, result_json
 from blip2.cli.options import Batch, Device, Dtype, Json, Quantize
-from blip2.errors import ImageError
+from blip2.errors import DataError, ImageError
 
 if TYPE_CHECKING:
     from blip2.search import ImageIndex
@@ -63,6 +63,8 @@ def index(
     from blip2.search import ImageIndex
     from blip2.search.store import Store
 
+    if out.is_file():
+        raise DataError(f"{out}: is a file, and an index is a folder; give it another name")
     store = Store(out)
     name = model
     if name is None and store.exists:

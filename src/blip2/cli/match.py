@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blip2.cli.console import listing, open_model, result_json
-from blip2.cli.options import Calibrated, Device, Dtype, Json, Model, Quantize
+from blip2.cli.console import TASK, listing, note, open_model, progress, result_json
+from blip2.cli.options import AutoBatch, Calibrated, Device, Dtype, Json, Model, Paths, Quantize, check_texts
+
+if TYPE_CHECKING:
+    from blip2.batching import BatchSize
+    from blip2.blip2 import Blip2
+
+COLUMNS = ("image", "text", "match", "cosine")
 
 
 def match(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)],
+    paths: Paths,
     *,
     text: Annotated[list[str], typer.Option("--text", "-t", help="A text; may be given often.", show_default=False)],
     json: Json = False,
     model: Model = "mini",
     calibration: Calibrated = None,
+    batch_size: AutoBatch = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -25,23 +35,53 @@ def match(
     """Tell how well images and texts fit.
 
     Every image is held against every text. Prints image, text, the probability that they match (ITM) and the cosine
-    of their vectors (ITC): a table on a terminal, tab-separated lines in a pipe. What the probability is worth, and how
-    `blip2 calibrate` mends it: docs/matching.md.
+    of their vectors (ITC): a table on a terminal, tab-separated lines in a pipe. Images that cannot be read are named
+    on stderr, and the exit code is 1. What the probability is worth, and how `blip2 calibrate` mends it:
+    docs/matching.md.
 
     ```
     blip2 match photo.jpg --text "a dog on a beach" --text "a red car"
-    blip2 match holiday/*.jpg -t "a sunset" --json
+    blip2 match holiday/ -t "a sunset" --json
     ```
     """
-    found = open_model(model, device, dtype, quantize, calibration or True).match(images, text)
-    rows = [
-        (str(image), words, itm, itc)
-        for image, probabilities, cosines in zip(images, found.itm.tolist(), found.itc.tolist(), strict=True)
-        for words, itm, itc in zip(text, probabilities, cosines, strict=True)
-    ]
-    if json:
-        for image, words, itm, itc in rows:
-            result_json({"image": image, "text": words, "itm": itm, "itc": itc})
-        return
-    columns = ("image", "text", "match", "cosine")
-    listing(columns, [(image, words, f"{itm:.3f}", f"{itc:.3f}") for image, words, itm, itc in rows], right=columns[2:])
+    from blip2 import image
+    from blip2.batching import BatchSize
+
+    check_texts("a text to match", *text)
+    files = image.find_images(paths)
+    opened = open_model(model, device, dtype, quantize, calibration or True)
+    for words in text:
+        if cut := opened.unread(words):
+            note(f"{words[:40]!r} is too long for the model: its last {cut} tokens are not read")
+    _show(opened, files, text, BatchSize(batch_size or "auto", opened.device), json=json)
+
+
+def _show(model: Blip2, files: Sequence[Path], texts: Sequence[str], size: BatchSize, *, json: bool) -> None:
+    """Each image beside each text, as they come; a table is drawn when all are there."""
+    from blip2 import bulk
+
+    def fits(squares: Any) -> list[tuple[list[float], list[float]]]:
+        found = model.match(squares, texts)
+        return list(zip(found.itm.tolist(), found.itc.tolist(), strict=True))
+
+    failed, rows = False, list[tuple[str, ...]]()
+    with progress("images", len(files)) as bars, closing(bulk.each(fits, files, model.transform, size)) as stream:
+        for batch in stream:
+            for path, row in batch:
+                if isinstance(row, bulk.Failure):
+                    failed = True
+                    note(f"error: {row.error}")
+                    continue
+                for words, itm, itc in zip(texts, *row, strict=True):
+                    if json:
+                        result_json({"image": str(path), "text": words, "itm": itm, "itc": itc})
+                    else:
+                        rows.append((str(path), words, f"{itm:.3f}", f"{itc:.3f}"))
+            if not sys.stdout.isatty():
+                listing(COLUMNS, rows)
+                rows = []
+            bars.advance(TASK, len(batch))
+    if rows:
+        listing(COLUMNS, rows, right=COLUMNS[2:])
+    if failed:
+        raise typer.Exit(1)

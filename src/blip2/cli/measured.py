@@ -18,12 +18,13 @@ import typer
 
 from blip2.cli.console import note, stderr, table
 from blip2.cli.options import check_out
+from blip2.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from blip2.blip2 import Blip2
     from blip2.evaluate.estimate import Estimate
     from blip2.evaluate.kept import Kept
-    from blip2.evaluate.run import Progress
+    from blip2.evaluate.run import NamedProgress
     from blip2.evaluate.writing import Written
 
 QUIET = "question type: "  # VQAv2 has 65 of them: in the files, not on the screen
@@ -149,7 +150,7 @@ def _cells(found: Estimate | float) -> list[str]:
 
 
 @contextmanager
-def bars() -> Generator[Progress]:
+def bars() -> Generator[NamedProgress]:
     """A bar on stderr for each thing that is done, if that is a terminal."""
     shown = rich.progress.Progress(console=stderr(), disable=not sys.stderr.isatty())
     tasks: dict[str, rich.progress.TaskID] = {}
@@ -161,6 +162,42 @@ def bars() -> Generator[Progress]:
 
     with shown:
         yield show
+
+
+def java_splits(asked: bool | None, spice: bool) -> bool:
+    """Whether Java splits the captions: it has to where it was asked for by name, else where one works.
+
+    Raises:
+        MissingExtraError, ConfigError: what was asked for cannot be had; said before the first caption is written.
+    """
+    from blip2.evaluate.captioning import check_tools
+
+    wanted = spice if asked is None else asked
+    check_tools(java=wanted, spice=spice)
+    if wanted or asked is not None:
+        return wanted
+    try:
+        check_tools()
+    except (MissingExtraError, ConfigError) as error:
+        note(f"no METEOR, and captions are split by our own rules: {error}")
+        return False
+    return True
+
+
+def tell_failed(failed: Mapping[str, str], written: Sequence[Written], java: bool | None) -> None:
+    """Say what Java failed at, and why, and what `tell_unread` says; end with 1 where it was asked for by name.
+
+    Args:
+        java: whether it was; SPICE always is.
+    """
+    from blip2.evaluate.captioning import TOKENIZER
+
+    for name, why in failed.items():
+        without = "Java's tokenizer failed, without which there is no METEOR" if name == TOKENIZER else f"no {name}"
+        note(f"error: {without}: {why}")
+    tell_unread(written)
+    if failed and (java or "SPICE" in failed):
+        raise typer.Exit(1)
 
 
 def tell_unread(written: Sequence[Written]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from blip2.errors import ConfigError
+from blip2.errors import ConfigError, PromptError
 
 Chosen: TypeAlias = dict[str, Any]  # keywords of the verbs, see `decoding.Options`
 Model = Annotated[
@@ -91,6 +91,16 @@ def chosen_of(best_of: int | None, by: FitBy, threshold: float | None = None) ->
     if best_of is None and threshold is None:
         return {}
     return {"best_of": best_of, "by": by.value, **({} if threshold is None else {"threshold": threshold})}
+
+
+def check_texts(what: str, *texts: str) -> None:
+    """Refuse texts of nothing before a model is loaded.
+
+    Raises:
+        PromptError: one is empty.
+    """
+    if not all(text.strip() for text in texts):
+        raise PromptError(f"{what} is empty: write it in quotes")
 
 
 def check_out(file: Path) -> None:

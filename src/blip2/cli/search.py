@@ -10,7 +10,7 @@ import typer
 
 from blip2.cli.console import listing, result_json
 from blip2.cli.index import Cache, OwnModel, Place, opened_index, report_failures, shown_path
-from blip2.cli.options import Batch, Device, Dtype, Json, Quantize, check_out
+from blip2.cli.options import Batch, Device, Dtype, Json, Quantize, check_out, check_texts
 from blip2.errors import ImageError, MissingExtraError, PromptError
 from blip2.files import replacing
 
@@ -64,14 +64,7 @@ def search(
     blip2 search holiday.index "at night" --image photo.jpg --table photos.csv --where "year >= 2020"
     ```
     """
-    if text is None and image is None:
-        raise PromptError("say what to look for: a text in quotes, --image FILE, or both")
-    if html:
-        check_out(html)
-    from blip2.search.where import parse
-
-    for condition in where or []:
-        parse(condition)  # what is wrong is said before a model is loaded
+    _check(text, image, html, where or [])
     made = opened_index(
         place, model=model, cache=cache, batch_size=batch_size, device=device, dtype=dtype, quantize=quantize
     )
@@ -89,6 +82,23 @@ def search(
     if html:
         _write_page(html, " + ".join(str(part) for part in (text, image) if part is not None), place, hits, len(made))
     report_failures(made)
+
+
+def _check(text: str | None, image: Path | None, html: Path | None, where: Sequence[str]) -> None:
+    """What is wrong is said before a model is loaded."""
+    from blip2.image import open as open_image
+    from blip2.search.where import parse
+
+    if text is None and image is None:
+        raise PromptError("say what to look for: a text in quotes, --image FILE, or both")
+    if text is not None:
+        check_texts("the text to look for", text)
+    if html:
+        check_out(html)
+    for condition in where:
+        parse(condition)
+    if image is not None:
+        open_image(image)
 
 
 def _write_page(file: Path, title: str, place: Path, hits: Sequence[Hit], count: int) -> None:

@@ -108,7 +108,7 @@ def read(
             raise DataError(f"{place}: id {sample.id!r} comes twice; every picture needs an id of its own")
         samples[sample.id] = sample
     if not samples:
-        raise DataError(f"{path}: no samples found (read as {found!r}); see the formats in `blip2.data.sources.read`")
+        raise DataError(f"{path}: no samples found (read as {found!r}); see the formats in docs/evaluation.md")
     return _join(samples, Path(questions)) if questions is not None else list(samples.values())
 
 

@@ -19,7 +19,7 @@ from blip2.calibration import BASE_RATE, weights_of
 from blip2.data.sources import Sample
 from blip2.errors import DataError
 from blip2.evaluate.estimate import SEED, Estimate, Floats, bootstrap, ratio
-from blip2.evaluate.run import Progress, encode, silent, texts_of
+from blip2.evaluate.run import NamedProgress, encode, silent, texts_of
 
 BINS = 15  # of equal width, as Guo et al. 2017 draw them
 FEWEST = 10  # pictures whose pairs a bin needs to be drawn
@@ -91,7 +91,7 @@ def drawn_pairs(fits: NDArray[np.bool_], seed: int = SEED) -> tuple[NDArray[np.i
     return np.concatenate([rows, rows])[order], np.concatenate([columns, others])[order]
 
 
-def judged(model: Blip2, samples: Sequence[Sample], *, batch_size: int = 32, progress: Progress = silent) -> Pairs:
+def judged(model: Blip2, samples: Sequence[Sample], *, batch_size: int = 32, progress: NamedProgress = silent) -> Pairs:
     """The pairs of some samples, see `drawn_pairs`, before the matching head.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from blip2 import image
 from blip2.blip2 import Blip2
 from blip2.data.sources import ImageRef, Prototype, Sample
 from blip2.errors import DataError, ImageError
-from blip2.evaluate.kept import Kept
+from blip2.evaluate.kept import Kept, Row
 from blip2.evaluate.protocols import Ranking
 from blip2.evaluate.ranking import Recall, belonging, ranks, rerank, retrieval
 from blip2.results import ImageFeatures
@@ -26,7 +26,8 @@ from blip2.text import plain, published_caption
 
 PATCHES_KEPT = 4 << 30  # bytes of patches that wait in memory for matching
 
-Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+NamedProgress: TypeAlias = Callable[[str, int, int], None]
 """What is being done, how many are done, of how many."""
 
 
@@ -74,7 +75,7 @@ def encode(
     *,
     patches: bool = True,
     batch_size: int = 32,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> ImageFeatures:
     """Each picture once, in order; the features wait in main memory.
 
@@ -96,7 +97,12 @@ def encode(
 
 
 def cosines(
-    model: Blip2, features: ImageFeatures, texts: Sequence[str], *, batch_size: int = 256, progress: Progress = silent
+    model: Blip2,
+    features: ImageFeatures,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    progress: NamedProgress = silent,
 ) -> NDArray[np.float32]:
     """float32[N, M]: cosine of each text and the best query of each image (ITC)."""
     columns: list[NDArray[np.float32]] = []
@@ -116,7 +122,7 @@ def match_pairs(
     columns: NDArray[np.int64],
     *,
     batch_size: int = 256,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> NDArray[np.float32]:
     """ITM logits of class 1 for pairs, without the full product of images and texts.
 
@@ -182,7 +188,7 @@ def rank_pictures(
     *,
     kept: Kept | None = None,
     batch_size: int = 32,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> Ranked:
     """Pictures and captions of the samples rank each other, by cosine and then by matching.
 
@@ -218,7 +224,7 @@ class _Pictures:
     """The pictures of an evaluation in blocks of a batch, each of whose results is kept."""
 
     def __init__(
-        self, model: Blip2, samples: Sequence[Sample], kept: Kept, batch_size: int, progress: Progress
+        self, model: Blip2, samples: Sequence[Sample], kept: Kept, batch_size: int, progress: NamedProgress
     ) -> None:
         self._model, self._samples, self._kept, self._progress = model, samples, kept, progress
         self._blocks = [range(len(samples))[start : start + batch_size] for start in range(0, len(samples), batch_size)]
@@ -275,7 +281,7 @@ def evaluate_retrieval(
     top: int = 0,
     weight: float = 1.0,
     batch_size: int = 32,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> dict[str, Recall]:
     """Recall among all captions and pictures of the samples, see `rank_pictures`.
 
@@ -304,3 +310,23 @@ def picture_of(name: str, ref: ImageRef | Prototype) -> Image:
         return image.open(ref.read())
     except (ImageError, DataError) as error:
         raise ImageError(f"{name!r} ({ref}): {error}") from None
+
+
+def of_readable(
+    batch: Sequence[T], picture: Callable[[T], Image], work: Callable[[Sequence[T], Sequence[Image]], Sequence[Row]]
+) -> list[Row]:
+    """What `work` finds of each of a batch, in order; `{"error": ...}` of one whose picture cannot be read.
+
+    Such a picture takes none of its neighbours with it.
+    """
+    pictures: list[Image] = []
+    readable: list[T] = []
+    errors: dict[int, str] = {}
+    for number, item in enumerate(batch):
+        try:
+            pictures.append(picture(item))
+            readable.append(item)
+        except ImageError as error:
+            errors[number] = str(error)
+    found = iter(work(readable, pictures) if readable else [])
+    return [{"error": errors[number]} if number in errors else next(found) for number in range(len(batch))]

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from PIL.Image import Image
 
 from blip2.blip2 import Blip2
 from blip2.data.sources import Sample
-from blip2.errors import DataError, ImageError
+from blip2.errors import DataError
 from blip2.evaluate.answering import Accuracy, answers
 from blip2.evaluate.captioning import captions, check_tools
 from blip2.evaluate.estimate import Estimate
 from blip2.evaluate.kept import Kept, Row
 from blip2.evaluate.protocols import OWN, Writing
 from blip2.evaluate.questions import Question
-from blip2.evaluate.run import Progress, picture_of, silent
+from blip2.evaluate.run import NamedProgress, of_readable, picture_of, silent
 from blip2.results import Generation
 
 BATCH = 16
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Written:
         error: why the picture could not be read, where it could not: the text is then empty.
     """
 
-    text: str
+    text: str = ""
     score: float = 0.0
     error: str = ""
 
@@ -46,7 +45,7 @@ def write_captions(
     *,
     kept: Kept | None = None,
     batch_size: int = BATCH,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> list[Written]:
     """One caption a sample.
 
@@ -55,11 +54,11 @@ def write_captions(
     """
 
     def work(batch: Sequence[Sample]) -> list[Row]:
-        def caption(rows: Sequence[Sample], pictures: Sequence[Image]) -> list[Generation]:
+        def caption(rows: Sequence[Sample], pictures: Sequence[Image]) -> list[Row]:
             del rows
-            return model.caption(pictures, how.prompt, details=True, **how.options)
+            return _rows(model.caption(pictures, how.prompt, details=True, **how.options))
 
-        return _each(batch, lambda sample: picture_of(sample.id, sample.image), caption)
+        return of_readable(batch, lambda sample: picture_of(sample.id, sample.image), caption)
 
     rows = (kept or Kept()).complete(
         samples, lambda sample: sample.id, work, batch_size, lambda done, total: progress("captions", done, total)
@@ -74,7 +73,7 @@ def write_answers(
     *,
     kept: Kept | None = None,
     batch_size: int = BATCH,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> list[Written]:
     """One answer a question; a picture of several questions in a row is encoded once for them.
 
@@ -94,14 +93,14 @@ def write_answers(
                 opened[question.picture] = picture_of(question.picture, question.image)
             return opened[question.picture]
 
-        def answer(rows: Sequence[Question], pictures: Sequence[Image]) -> list[Generation]:
+        def answer(rows: Sequence[Question], pictures: Sequence[Image]) -> list[Row]:
             del pictures
             place = {name: number for number, name in enumerate(dict.fromkeys(row.picture for row in rows))}
             features = asked.encode([opened[name] for name in place])
             texts = [how.question(row.text) for row in rows]
-            return asked.ask(features[[place[row.picture] for row in rows]], texts, details=True, **how.options)
+            return _rows(asked.ask(features[[place[row.picture] for row in rows]], texts, details=True, **how.options))
 
-        return _each(batch, picture, answer)
+        return of_readable(batch, picture, answer)
 
     rows = (kept or Kept()).complete(
         questions, lambda question: question.key, work, batch_size, lambda done, total: progress("answers", done, total)
@@ -109,29 +108,8 @@ def write_answers(
     return [Written(**row) for row in rows]
 
 
-def _each(
-    batch: Sequence[T],
-    picture: Callable[[T], Image],
-    write: Callable[[Sequence[T], Sequence[Image]], Sequence[Generation]],
-) -> list[Row]:
-    """What is written of each of a batch; a picture that cannot be read takes none of its neighbours with it."""
-    pictures: list[Image] = []
-    readable: list[T] = []
-    errors: dict[int, str] = {}
-    for number, item in enumerate(batch):
-        try:
-            pictures.append(picture(item))
-            readable.append(item)
-        except ImageError as error:
-            errors[number] = str(error)
-    found = iter(write(readable, pictures) if readable else [])
-    return [
-        {"text": "", "error": errors[number]} if number in errors else _row(next(found)) for number in range(len(batch))
-    ]
-
-
-def _row(found: Generation) -> Row:
-    return {"text": found.text, "score": found.score}
+def _rows(found: Sequence[Generation]) -> list[Row]:
+    return [{"text": each.text, "score": each.score} for each in found]
 
 
 def evaluate_captions(
@@ -143,9 +121,11 @@ def evaluate_captions(
     spice: bool = False,
     kept: Kept | None = None,
     batch_size: int = BATCH,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> tuple[dict[str, Estimate], list[Written]]:
     """Scores by name, see `captions`, and the captions; a picture that could not be read has an empty one.
+
+    A Java program that fails once the captions are there costs its own score only, and is a warning.
 
     Args:
         java, spice: see `captions`.
@@ -159,18 +139,31 @@ def evaluate_captions(
     if alone is not None:
         raise DataError(f"{alone!r} has no caption to compare with")
     written = write_captions(model, samples, how, kept=kept, batch_size=batch_size, progress=progress)
-    return score_captions(samples, [found.text for found in written], java=java, spice=spice), written
+    failed: dict[str, str] = {}
+    numbers = score_captions(samples, [found.text for found in written], java=java, spice=spice, failed=failed)
+    for name, why in failed.items():
+        warnings.warn(f"{name}: {why}", stacklevel=2)
+    return numbers, written
 
 
 def score_captions(
-    samples: Sequence[Sample], written: Sequence[str], *, java: bool = True, spice: bool = False
+    samples: Sequence[Sample],
+    written: Sequence[str],
+    *,
+    java: bool = True,
+    spice: bool = False,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Estimate]:
-    """Scores of all, and after the domain's name those of each domain by itself, as NoCaps reports them."""
-    numbers = captions(written, [sample.captions for sample in samples], java=java, spice=spice)
+    """Scores of all, and after the domain's name those of each domain by itself, as NoCaps reports them.
+
+    Args:
+        java, spice, failed: see `captions`.
+    """
+    numbers = captions(written, [sample.captions for sample in samples], java=java, spice=spice, failed=failed)
     for domain in sorted({sample.domain for sample in samples} - {""}):
         rows = [row for row, sample in enumerate(samples) if sample.domain == domain]
         references = [samples[row].captions for row in rows]
-        found = captions([written[row] for row in rows], references, java=java, spice=spice)
+        found = captions([written[row] for row in rows], references, java=java, spice=spice, failed=failed)
         numbers |= {f"{domain} {name}": estimate for name, estimate in found.items()}
     return numbers
 
@@ -217,7 +210,7 @@ def evaluate_answers(
     *,
     kept: Kept | None = None,
     batch_size: int = BATCH,
-    progress: Progress = silent,
+    progress: NamedProgress = silent,
 ) -> tuple[dict[str, Accuracy], list[Written]]:
     """Accuracy, see `score_answers`, and the answers; a picture that could not be read has an empty one."""
     written = write_answers(model, questions, how, kept=kept, batch_size=batch_size, progress=progress)

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from blip2.protocols import Progress
+
 SIDE = 8  # pixels of a thumbnail
 LEVELS = 15.0  # of 255, that thumbnails of near-duplicates differ by at most: root mean square, see docs/search.md
 BLOCK = 512  # images that are compared with all others at once
@@ -34,7 +36,7 @@ def linked(
     thumbnails: Tensor,
     vectors: Callable[[Rows], Tensor],
     threshold: float,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """Groups of images each of which is nearly the same as another of its group; all pairs are compared.
 
@@ -65,7 +67,7 @@ def _pairs(
     thumbnails: Tensor,
     vectors: Callable[[Rows], Tensor],
     threshold: float,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> Iterator[tuple[Rows, Rows]]:
     """Pairs that look alike and mean the same."""
     count = len(thumbnails)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from blip2 import image
 from blip2.batching import BatchSize, batches
-from blip2.bulk import Failure, Progress
+from blip2.bulk import Failure
 from blip2.errors import ConfigError, DataError, ImageError
 from blip2.files import cache_directory
+from blip2.protocols import Progress
 from blip2.results import ImageFeatures
 from blip2.search import nearest, shortlist, table, where
 from blip2.search.duplicates import linked, similarities

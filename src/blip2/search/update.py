@@ -19,8 +19,9 @@ from torch import Tensor
 
 from blip2 import image
 from blip2.batching import BatchSize
-from blip2.bulk import Failure, Progress, each
+from blip2.bulk import Failure, each
 from blip2.errors import ConfigError, ImageError
+from blip2.protocols import Progress
 from blip2.results import ImageFeatures, Matches
 from blip2.search.duplicates import thumbnail
 from blip2.search.store import Collection, File, Store, tidied

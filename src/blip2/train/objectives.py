@@ -272,37 +272,43 @@ class Stage2(nn.Module):
             patches = thinned(patches, self.patch_dropout)
         sight = self.bridge.see(patches)
         look = self.bridge.look(sight)
-        visual = self._visual(look, sight, batch)  # (R, Q, Dl)
+        asked = self._asked(batch)
+        visual = self._visual(look, sight, batch, asked)  # (R, Q, Dl)
         layout = self.bridge.config.prompts.visual
         embeds, lengths = prefix.build(self.language, visual, batch.prompts, self.bos, layout)
-        alike = self._alike(batch), visual.shape[1] + (self.bos is not None)  # what stands before the prompts
-        log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, alike)  # (R, T')
+        before = alike(batch.owners, asked), visual.shape[1] + (self.bos is not None)  # the prompts
+        log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, before)  # (R, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.keep is not None:
             losses |= self.keep.losses(look, sight, patches, batch, seed)
         return losses
 
-    def _visual(self, look: Look, sight: Sight, batch: Batch) -> Tensor:
+    def _visual(self, look: Look, sight: Sight, batch: Batch, asked: Tensor | None) -> Tensor:
         """What the language model reads before each text: of queries beside the question where they heed one."""
-        if not batch.questions.numel():
+        if asked is None:
             return self.bridge.project(look.hidden)[batch.owners]
-        asked = self._asked(batch).nonzero()[:, 0]
-        heeding = self.bridge.project(self.bridge.heed(sight, batch.owners[asked], batch.questions[asked]))
-        if len(asked) == len(batch.owners):
+        rows = asked.nonzero()[:, 0]
+        heeding = self.bridge.project(self.bridge.heed(sight, batch.owners[rows], batch.questions[rows]))
+        if len(rows) == len(batch.owners):
             return heeding
-        return self.bridge.project(look.hidden)[batch.owners].index_copy(0, asked, heeding)
+        return self.bridge.project(look.hidden)[batch.owners].index_copy(0, rows, heeding)
 
-    def _asked(self, batch: Batch) -> Tensor:
-        """bool[R]: texts that answer a question which the Q-Former reads."""
-        return self.bridge.qformer.real(batch.questions).any(1)
+    def _asked(self, batch: Batch) -> Tensor | None:
+        """bool[R]: texts that answer a question which the Q-Former reads; None where it reads none."""
+        return self.bridge.qformer.real(batch.questions).any(1) if batch.questions.numel() else None
 
-    def _alike(self, batch: Batch) -> Tensor:
-        """int64[R], not falling: equal where rows have the same queries before them, as captions of one picture do."""
-        if not batch.questions.numel():
-            return batch.owners
-        asked = self._asked(batch)
-        other = batch.owners[1:] != batch.owners[:-1]
-        return F.pad((other | asked[1:] | asked[:-1]).cumsum(0), (1, 0))
+
+def alike(owners: Tensor, asked: Tensor | None) -> Tensor:
+    """int64[R], not falling: equal where rows have the same queries before them, as captions of one picture do.
+
+    Args:
+        owners: int64[R], the picture of each row.
+        asked: bool[R], rows whose queries heed a question of their own; None where none does.
+    """
+    if asked is None:
+        return owners
+    other = owners[1:] != owners[:-1]
+    return F.pad((other | asked[1:] | asked[:-1]).cumsum(0), (1, 0))
 
 
 def encode(encoder: ImageEncoder | None, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -137,8 +138,10 @@ def named_config(name: str) -> Blip2Config:
         vision = dataclasses.replace(config.vision, key_bias=True)  # as transformers keeps it
         return config.replace(vision=vision, word_head=False)
     if name not in PRESETS:
-        known = ", ".join([*PRESETS, *(f"Salesforce/{each}" for each in HUB)])
-        raise ConfigError(f"{name}: neither the directory of a model nor one of {known}")
+        known = [*PRESETS, *(f"Salesforce/{each}" for each in HUB)]
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f" (did you mean {close[0]!r}?)" if close else f", nor one of {', '.join(known)}"
+        raise ConfigError(f"{name}: is no directory of a model{meant}")
     return PRESETS[name]
 
 

@@ -1,4 +1,4 @@
-"""`calibration.json`, beside a model of any format: what its matching probabilities are corrected by.
+"""`calibration.json`, with a model of any format: what its matching probabilities are corrected by.
 
 It is no part of `config.json`, so that a model's features keep their identity, and with it their indexes.
 """
@@ -35,13 +35,20 @@ class _File(Strict):
     format: int = FORMAT
 
 
-def beside(directory: Path, identity: str) -> Calibration | None:
-    """The calibration in a model's directory, None where there is none.
+def place(model: Path) -> Path:
+    """Where the calibration of a model lies: in its directory, or beside it where it is one file."""
+    return model.with_suffix(f".{NAME}") if model.is_file() else model / NAME
 
+
+def beside(model: Path, identity: str) -> Calibration | None:
+    """The calibration of a model, None where there is none.
+
+    Args:
+        model: its directory or file.
     Raises:
         CheckpointError: see `read`.
     """
-    path = directory / NAME
+    path = place(model)
     return read(path, identity) if path.is_file() else None
 
 

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 
 from blip2.blip2 import Blip2
+from blip2.calibration import Calibration
 from blip2.config import PartConfig
 from blip2.errors import CheckpointError, ConfigError
-from blip2.weights import hub, lavis, paddle, transformers
-from blip2.weights.assemble import assemble
+from blip2.weights import calibrated, hub, lavis, paddle, transformers
+from blip2.weights.assemble import assemble, model_directory
 from blip2.weights.load import load_config
 
 Format = Literal["transformers", "lavis", "paddle"]
@@ -21,7 +22,7 @@ Format = Literal["transformers", "lavis", "paddle"]
 def convert(
     source: str | Path, target: Path, to: Format, *, parts: Mapping[str, str | Path] | None = None, vision: bool = False
 ) -> None:
-    """Write a checkpoint anew in another format, every tensor in the type that it has.
+    """Write a checkpoint anew in another format, every tensor in the type that it has; its calibration goes along.
 
     Args:
         source: a directory of transformers or PaddleNLP, or of our own whose parts are of their kinds; a LAVIS file, or
@@ -34,22 +35,30 @@ def convert(
     """
     if vision and to != "lavis":
         raise ConfigError("--vision is for LAVIS: the other formats always hold the image encoder")
-    model = _open(source, parts)
+    if to == "lavis" and target.suffix != lavis.SUFFIX:
+        raise CheckpointError(f"{target}: a LAVIS file is called *{lavis.SUFFIX}")
+    place = hub.download(str(source)) if hub.is_name(str(source)) else model_directory(source)
+    calibration = _write(_open(place, parts), place, target, to, vision)
+    if calibration is None:
+        return
+    made = lavis.identity_of(target) if to == "lavis" else _open(target, None).identity
+    calibrated.write(calibrated.place(target), calibration, made)
+
+
+def _write(model: Blip2, place: Path, target: Path, to: Format, vision: bool) -> Calibration | None:
+    """Write a model. Gives the calibration that lies beside it: with the same weights it holds in any format."""
+    calibration = calibrated.beside(place, model.identity)
     if to == "lavis":
-        if target.suffix != lavis.SUFFIX:
-            raise CheckpointError(f"{target}: a LAVIS file is called *{lavis.SUFFIX}")
         lavis.save(model, target, vision=vision)
     elif to == "paddle":
         paddle.save(model, target)
     else:
         transformers.save(model, target)
+    return calibration
 
 
-def _open(source: str | Path, parts: Mapping[str, str | Path] | None) -> Blip2:
+def _open(place: Path, parts: Mapping[str, str | Path] | None) -> Blip2:
     cpu = torch.device("cpu")
-    if hub.is_name(str(source)):
-        source = hub.download(str(source))
-    place = Path(source)
     if place.suffix == lavis.SUFFIX:
         return lavis.load(place, cpu, None, parts=parts)
     if parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,11 @@ from blip2.errors import CheckpointError
 from blip2.files import cache_directory
 from blip2.model.t5 import T5
 from blip2.pages import release
+from blip2.protocols import Progress
 from blip2.quantize import in_blocks, quantized
 from blip2.weights.placement import DISK, FROZEN, Home, put
 from blip2.weights.rules import Rule, check, listed
 from blip2.weights.tensors import Safetensors, Tensors
-
-Progress = Callable[[int, int], None]
-"""Tensors that are loaded, of how many."""
 
 
 @dataclass(frozen=True)

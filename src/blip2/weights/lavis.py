@@ -19,7 +19,7 @@ from blip2.model.bridge import Bridge
 from blip2.model.vision import VisionTransformer
 from blip2.quantize import check_plain
 from blip2.text import Tokenizer
-from blip2.weights import transformers, vocabulary
+from blip2.weights import calibrated, transformers, vocabulary
 from blip2.weights.fill import Part, fill
 from blip2.weights.maps import lavis as maps
 from blip2.weights.maps import transformers as transformers_maps
@@ -124,6 +124,7 @@ def save(model: Blip2, path: Path, *, vision: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             torch.save({"model": theirs}, partial)
+        calibrated.place(path).unlink(missing_ok=True)  # of a model that was here before
     except (OSError, RuntimeError) as error:  # torch reports a full disk as its own error
         raise CheckpointError(f"{path}: cannot be written: {error}; free some space or choose another") from error
 
@@ -203,6 +204,12 @@ def _find(key: str, name: str, path: Path, named: Mapping[str, Path]) -> Path:
             f"put {name} beside the file, or name it with parts={{{key!r}: ...}}"
         )
     return place
+
+
+def identity_of(path: Path) -> str:
+    """`Blip2.identity` of a file's model, which is not built for it."""
+    found = read_pickle(path)
+    return _identity(Pickled.of(found.get("model", found), path))
 
 
 def _identity(tensors: Tensors) -> str:

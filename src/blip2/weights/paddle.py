@@ -13,7 +13,7 @@ from blip2.blip2 import Blip2
 from blip2.config import Blip2Config
 from blip2.errors import CheckpointError
 from blip2.files import replacing
-from blip2.weights import card, pdparams, transformers
+from blip2.weights import calibrated, card, pdparams, transformers
 from blip2.weights.maps import paddle as maps
 from blip2.weights.maps import transformers_config as keys
 from blip2.weights.placement import WHOLE, Memory
@@ -80,6 +80,7 @@ def save(model: Blip2, directory: Path) -> None:
         with replacing(directory / "tokenizer.json") as partial:
             tokenizer.rust.save(str(partial))
         card.write(directory, model.config)
+        calibrated.place(directory).unlink(missing_ok=True)  # of a model that was here before
         with replacing(directory / "config.json") as partial:
             partial.write_text(json.dumps(_untranslated(values), indent=2) + "\n")
     except OSError as error:

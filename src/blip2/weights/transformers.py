@@ -23,7 +23,7 @@ from blip2.model.vision import VisionTransformer
 from blip2.pages import release
 from blip2.quantize import check_plain
 from blip2.text import Tokenizer
-from blip2.weights import card, vocabulary
+from blip2.weights import calibrated, card, vocabulary
 from blip2.weights.fill import Part, fill
 from blip2.weights.maps import transformers as maps
 from blip2.weights.maps import transformers_config as keys
@@ -179,6 +179,7 @@ def save(model: Blip2, directory: Path, *, shard_bytes: int = SHARD_BYTES) -> No
             with replacing(directory / "tokenizer.json") as partial:
                 tokenizer.rust.save(str(partial))
         card.write(directory, model.config)
+        calibrated.place(directory).unlink(missing_ok=True)  # of a model that was here before
         with replacing(directory / "config.json") as partial:  # the last: without it there is no model
             partial.write_text(json.dumps(values, indent=2) + "\n")
     except (OSError, SafetensorError) as error:

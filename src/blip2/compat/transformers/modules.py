@@ -51,6 +51,12 @@ class PreTrainedModel(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
 
+def opened(name: str | Path, **words: Any) -> tuple[Blip2Config, Blip2]:
+    """A whole model from a directory or a name on the hub, and its configuration; `words` as of `places.load`."""
+    model, values, _ = places.load(name, **words)
+    return Blip2Config.from_dict(values), model
+
+
 @contextmanager
 def recorded(layers: nn.ModuleList, wanted: bool | None) -> Generator[list[Tensor]]:
     """What enters the first of some layers within, and what leaves each; empty where nobody wants it."""
@@ -112,9 +118,9 @@ class Blip2VisionModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, name: str | Path, **words: Any) -> Self:
         """Of a whole model; transformers itself draws random weights there and says so in a table."""
-        model, values, _ = places.load(name, **words)
+        config, model = opened(name, **words)
         assert isinstance(model.encoder, VisionTransformer)
-        return cls(Blip2Config.from_dict(values).vision_config, (model.encoder, model.bridge.vision_norm)).eval()
+        return cls(config.vision_config, (model.encoder, model.bridge.vision_norm)).eval()
 
     def forward(
         self,
@@ -162,8 +168,8 @@ class Blip2QFormerModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, name: str | Path, **words: Any) -> Self:
         """Of a whole model."""
-        model, values, _ = places.load(name, **words)
-        return cls(Blip2Config.from_dict(values).qformer_config, model.bridge.qformer).eval()
+        config, model = opened(name, **words)
+        return cls(config.qformer_config, model.bridge.qformer).eval()
 
     def forward(
         self,

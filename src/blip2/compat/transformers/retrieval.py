@@ -13,9 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2.blip2 import Blip2
-from blip2.compat.transformers import places
 from blip2.compat.transformers.configuration import Blip2Config
-from blip2.compat.transformers.modules import PreTrainedModel, Seeing, cast_to, given, of, refuse_attentions
+from blip2.compat.transformers.modules import (
+    PreTrainedModel,
+    Seeing,
+    cast_to,
+    given,
+    of,
+    opened,
+    refuse_attentions,
+)
 from blip2.compat.transformers.naming import speak
 from blip2.compat.transformers.outputs import (
     BaseModelOutputWithPooling,
@@ -50,8 +57,7 @@ class Matching(Seeing):
     @classmethod
     def from_pretrained(cls, name: str | Path, **words: Any) -> Self:
         """From a directory or a name on the hub; `words` as of `places.load`."""
-        model, values, _ = places.load(name, **words)
-        return cls(Blip2Config.from_dict(values), model).eval()
+        return cls(*opened(name, **words)).eval()
 
     def words(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """A text without the placeholders before it, and its mask; int64[B, T] and bool[B, T].
@@ -170,8 +176,7 @@ class Blip2TextModelWithProjection(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, name: str | Path, **words: Any) -> Self:
         """From a directory or a name on the hub; `words` as of `places.load`."""
-        model, values, _ = places.load(name, **words)
-        return cls(Blip2Config.from_dict(values), model).eval()
+        return cls(*opened(name, **words)).eval()
 
     def forward(
         self,
