@@ -1,4 +1,4 @@
-"""What fine-tuning starts from."""
+"""What runs learn from, and what fine-tuning starts from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from pathlib import Path
 
 import fine
 import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few pictures, for runs that need not learn."""
+    return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -2,31 +2,13 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
 import torch
+from tiny import bridge, run
 
 from blip2.errors import ConfigError
 from blip2.train import checkpoint
-from blip2.train.loop import train
-from blip2.train.recipe import parse
-from blip2.train.report import Report
-from blip2.weights import load
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
-
-
-def run(data: Path, output: Path, **changes: Any) -> Report:
-    return train(parse(tiny.recipe(data, output, **changes)), tiny.parts())
-
-
-def bridge(output: Path) -> dict[str, torch.Tensor]:
-    return load(output / "model").bridge.state_dict()
 
 
 def test_the_average_is_what_is_saved_and_the_weights_go_on_untouched(shapes: Path, tmp_path: Path):

@@ -20,11 +20,6 @@ CLOSE = 1e-5  # of losses and gradients: float32 sums in another order; the wors
 CLOSE_WEIGHTS = 1e-4  # AdamW makes a step of rounding where a gradient is almost nothing; the worst measured is 2e-5
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
-
-
 def metrics(output: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line | line.pop("validation", {}) for line in lines]

@@ -2,20 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import fine
 import pytest
 import tiny
 import torch
 import transformers
+from tiny import run
 
 import blip2
 import published
 from blip2.errors import ConfigError
-from blip2.train.loop import train
-from blip2.train.recipe import parse
-from blip2.train.report import Report
 from blip2.weights import load
 
 
@@ -30,10 +27,6 @@ def asked(root: Path, count: int) -> dict[str, str]:
         lines.append(json.dumps({"id": name, "questions": pairs}) + "\n")
     (root / "questions.jsonl").write_text("".join(lines))
     return {"path": str(table), "questions": str(root / "questions.jsonl")}
-
-
-def run(data: list[dict[str, Any]], output: Path, **changes: Any) -> Report:
-    return train(parse(tiny.recipe(data, output, **changes)), tiny.parts())
 
 
 def test_questions_to_the_qformer_are_learned_from_and_the_model_remembers_it(tmp_path: Path):

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import typer
+from tiny import bridge, run
 
 import blip2
 from blip2.cli import train as command
@@ -22,31 +23,16 @@ from blip2.train import checkpoint, loop, optimizer, parts, report
 from blip2.train.distributed import World, rank_device
 from blip2.train.folder import Folder, open_folder
 from blip2.train.log import Log
-from blip2.train.loop import read_ahead, train
+from blip2.train.loop import read_ahead
 from blip2.train.recipe import parse
 from blip2.train.report import Report
 from blip2.train.update import Precision
-from blip2.weights import load
 
 CHANCE = 5 / 72  # of R@5 among as many pictures with different captions
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few pictures, for runs that need not learn."""
-    return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
-
-
-def run(data: Path | list[dict[str, Any]], output: Path, **changes: Any) -> Report:
-    return train(parse(tiny.recipe(data, output, **changes)), tiny.parts())
-
-
 def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def bridge(output: Path) -> dict[str, torch.Tensor]:
-    return load(output / "model").bridge.state_dict()
 
 
 def test_both_stages_learn_and_held_out_pictures_are_found_by_their_captions(tmp_path: Path):

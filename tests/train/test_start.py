@@ -1,31 +1,15 @@
 """What a run starts from: an earlier run, another model, or the one of the package."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
+from tiny import bridge, run
 
 import blip2
 from blip2.errors import CheckpointError, ConfigError
-from blip2.train.loop import train
-from blip2.train.recipe import parse
-from blip2.train.report import Report
 from blip2.weights import load
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.draw_shapes(tmp_path_factory.mktemp("shapes"), 32, seed=0)
-
-
-def run(data: Path, output: Path, **changes: Any) -> Report:
-    return train(parse(tiny.recipe(data, output, **changes)), tiny.parts())
-
-
-def bridge(output: Path) -> dict[str, torch.Tensor]:
-    return load(output / "model").bridge.state_dict()
 
 
 def test_a_start_of_another_shape_is_refused(shapes: Path, tmp_path: Path):

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from blip2 import image
 from blip2.config import PartConfig
 from blip2.text import Tokenizer
+from blip2.train.loop import train
 from blip2.train.parts import Parts
+from blip2.train.recipe import parse
+from blip2.train.report import Report
+from blip2.weights import load
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 SHAPES = ("circle", "square", "cross")
@@ -66,6 +70,16 @@ def recipe(data: Path | list[dict[str, Any]], output: Path, **changes: Any) -> d
         "features": {"augment": False},
     }
     return values | changes
+
+
+def run(data: Path | list[dict[str, Any]], output: Path, **changes: Any) -> Report:
+    """Train on the tiny parts."""
+    return train(parse(recipe(data, output, **changes)), parts())
+
+
+def bridge(output: Path) -> dict[str, Tensor]:
+    """The weights of a run's model."""
+    return load(output / "model").bridge.state_dict()
 
 
 def parts() -> Parts:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blip2.cli.console import TASK, note, open_model, progress, result, result_json
+from blip2.cli.console import note, of_readable, open_model, result, result_json
 from blip2.cli.options import AutoBatch, Calibrated, Device, Dtype, FitBy, Json, Model, Paths, Quantize
 from blip2.errors import PromptError
 
 if TYPE_CHECKING:
+    from blip2 import bulk
     from blip2.batching import BatchSize
     from blip2.zero_shot import Classifier
 
@@ -76,24 +76,14 @@ def classify(
 
 def _show(classifier: Classifier, files: Sequence[Path], size: BatchSize, top: int, *, json: bool) -> None:
     """Each image's best labels, as they come."""
-    from blip2 import bulk
-
-    failed = False
-    found = bulk.each(classifier.classify, files, classifier.model.transform, size)
-    with progress("images", len(files)) as bars, closing(found) as stream:
-        for batch in stream:
-            for path, row in batch:
-                if isinstance(row, bulk.Failure):
-                    failed = True
-                    note(f"error: {row.error}")
-                    continue
-                best = row.top(top)
-                if json:
-                    result_json({"image": str(path), "labels": [{"label": n, "score": score} for n, score in best]})
-                else:
-                    before = "" if len(files) == 1 else f"{path}\t"
-                    for name, score in best:
-                        result(f"{before}{name}\t{score:.3f}")
-            bars.advance(TASK, len(batch))
+    failed: list[bulk.Failure] = []
+    for path, row in of_readable(classifier.classify, files, classifier.model.transform, size, failed):
+        best = row.top(top)
+        if json:
+            result_json({"image": str(path), "labels": [{"label": n, "score": score} for n, score in best]})
+        else:
+            before = "" if len(files) == 1 else f"{path}\t"
+            for name, score in best:
+                result(f"{before}{name}\t{score:.3f}")
     if failed:
         raise typer.Exit(1)

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Collection, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ import blip2
 from blip2.errors import Blip2Error
 
 if TYPE_CHECKING:
+    from blip2 import bulk, image
+    from blip2.batching import BatchSize
     from blip2.blip2 import Blip2
 
 
@@ -99,6 +101,31 @@ def progress(what: str, total: int | None) -> Generator[rich.progress.Progress]:
 
 
 TASK = rich.progress.TaskID(0)
+
+
+def of_readable(
+    verb: Callable[[Any], Iterable[Any]],
+    files: Sequence[Path],
+    transform: image.Transform,
+    size: BatchSize,
+    failed: list[bulk.Failure],
+) -> Generator[tuple[Path, Any]]:
+    """What a verb gives for each image that can be read, in order, as it comes, with a bar; see `bulk.each`.
+
+    Args:
+        failed: takes the others, which are named on stderr.
+    """
+    from blip2 import bulk
+
+    with progress("images", len(files)) as bars, closing(bulk.each(verb, files, transform, size)) as stream:
+        for batch in stream:
+            for path, row in batch:
+                if isinstance(row, bulk.Failure):
+                    failed.append(row)
+                    note(f"error: {row.error}")
+                else:
+                    yield path, row
+            bars.advance(TASK, len(batch))
 
 
 def open_model(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blip2.cli.console import TASK, note, open_model, progress
+from blip2.cli.console import note, of_readable, open_model
 from blip2.cli.options import Batch, Device, Dtype, Model, Paths, Quantize, check_out
 from blip2.errors import ConfigError
 from blip2.files import replacing
@@ -17,6 +16,8 @@ from blip2.files import replacing
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from blip2 import bulk
 
 FORMATS = (".npz", ".safetensors")
 
@@ -43,7 +44,7 @@ def embed(
     blip2 embed a.jpg b.jpg --out two.safetensors
     ```
     """
-    from blip2 import bulk, image
+    from blip2 import image
     from blip2.batching import BatchSize
 
     if out.suffix not in FORMATS:
@@ -52,23 +53,18 @@ def embed(
     files = image.find_images(paths)
     opened = open_model(model, device, dtype, quantize)
     done: list[str] = []
+    failed: list[bulk.Failure] = []
     vectors: list[NDArray[np.float32]] = []
     try:
-        found = bulk.each(opened.embed_images, files, opened.transform, BatchSize(batch_size, opened.device))
-        with progress("images", len(files)) as bars, closing(found) as stream:
-            for batch in stream:
-                for path, row in batch:
-                    if isinstance(row, bulk.Failure):
-                        note(f"error: {row.error}")
-                    else:
-                        vectors.append(row.cpu().numpy())
-                        done.append(str(path))
-                bars.advance(TASK, len(batch))
+        size = BatchSize(batch_size, opened.device)
+        for path, row in of_readable(opened.embed_images, files, opened.transform, size, failed):
+            vectors.append(row.cpu().numpy())
+            done.append(str(path))
     finally:
         if done:
             _write(out, done, vectors)
             note(f"{out}: {len(done)} of {len(files)} images")
-    if len(done) < len(files):
+    if failed:
         raise typer.Exit(1)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blip2.cli.console import TASK, listing, note, open_model, progress, result_json
+from blip2.cli.console import listing, note, of_readable, open_model, result_json
 from blip2.cli.options import AutoBatch, Calibrated, Device, Dtype, Json, Model, Paths, Quantize, check_texts
 
 if TYPE_CHECKING:
+    from blip2 import bulk
     from blip2.batching import BatchSize
     from blip2.blip2 import Blip2
 
@@ -58,29 +58,22 @@ def match(
 
 def _show(model: Blip2, files: Sequence[Path], texts: Sequence[str], size: BatchSize, *, json: bool) -> None:
     """Each image beside each text, as they come; a table is drawn when all are there."""
-    from blip2 import bulk
 
     def fits(squares: Any) -> list[tuple[list[float], list[float]]]:
         found = model.match(squares, texts)
         return list(zip(found.itm.tolist(), found.itc.tolist(), strict=True))
 
-    failed, rows = False, list[tuple[str, ...]]()
-    with progress("images", len(files)) as bars, closing(bulk.each(fits, files, model.transform, size)) as stream:
-        for batch in stream:
-            for path, row in batch:
-                if isinstance(row, bulk.Failure):
-                    failed = True
-                    note(f"error: {row.error}")
-                    continue
-                for words, itm, itc in zip(texts, *row, strict=True):
-                    if json:
-                        result_json({"image": str(path), "text": words, "itm": itm, "itc": itc})
-                    else:
-                        rows.append((str(path), words, f"{itm:.3f}", f"{itc:.3f}"))
-            if not sys.stdout.isatty():
-                listing(COLUMNS, rows)
-                rows = []
-            bars.advance(TASK, len(batch))
+    failed: list[bulk.Failure] = []
+    rows: list[tuple[str, ...]] = []
+    for path, row in of_readable(fits, files, model.transform, size, failed):
+        for words, itm, itc in zip(texts, *row, strict=True):
+            if json:
+                result_json({"image": str(path), "text": words, "itm": itm, "itc": itc})
+            else:
+                rows.append((str(path), words, f"{itm:.3f}", f"{itc:.3f}"))
+        if not sys.stdout.isatty():
+            listing(COLUMNS, rows)
+            rows = []
     if rows:
         listing(COLUMNS, rows, right=COLUMNS[2:])
     if failed:
