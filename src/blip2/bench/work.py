@@ -22,7 +22,10 @@ from blip2.config import (
 )
 
 # Parts of others, counted once: multiply-additions of one picture, weights, and patches that come out.
-ENCODERS = {"efficientnet-lite2": (0.86e9, 6_063_024, 31)}
+ENCODERS = {
+    "efficientnet-lite2": (0.86e9, 6_063_024, 31),
+    "efficientnet-lite2-levels": (0.92e9, 6_063_024, 56),
+}
 DECODERS = {"gemma-3-270m": GemmaConfig()}
 
 

@@ -38,6 +38,7 @@ _FAMILY = {"opt": "OPT", "t5": "Flan-T5"}
 # Parts of others that are counted by hand: name, parameters as they are loaded, with norms folded.
 _PARTS = {
     "efficientnet-lite2": ("EfficientNet-Lite2", 6_063_024),
+    "efficientnet-lite2-levels": ("EfficientNet-Lite2, earlier levels too", 6_063_024),
     "gemma-3-270m": ("Gemma 3 270M", 268_098_176),
     "minilm-l6": ("MiniLM-L6, word embeddings", 30_522 * 384),
 }
