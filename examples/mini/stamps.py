@@ -211,8 +211,13 @@ def cut_out(path: Path) -> Image.Image:
     """A stamp as RGBA, cropped to what is visible."""
     with Image.open(path) as file:
         stamp = file.convert("RGBA")
-    box = stamp.getchannel("A").point([0] * 16 + [255] * 240).getbbox()
-    return stamp.crop(box) if box else stamp
+    return crop_visible(stamp) or stamp
+
+
+def crop_visible(picture: Image.Image) -> Image.Image | None:
+    """An RGBA picture cropped to what is not transparent; None where all is."""
+    box = picture.getchannel("A").point([0] * 16 + [255] * 240).getbbox()
+    return picture.crop(box) if box else None
 
 
 def on_ground(stamp: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2 import adapters
-from blip2.adapters.efficientnet import MAP_RMS, POOLED_RMS, SURE, EfficientNetLite, class_names, load
+from blip2.adapters.efficientnet import (
+    COLOUR_MEAN,
+    COLOUR_RMS,
+    LEVEL_RMS,
+    MAP_RMS,
+    POOLED_RMS,
+    SURE,
+    EfficientNetLite,
+    class_names,
+    load,
+)
 from blip2.adapters.parts import require
 from blip2.config import PartConfig
 from blip2.errors import ConfigError, ImageError
@@ -88,6 +98,75 @@ def test_what_lies_beside_the_grid_is_the_whole_picture_and_its_likeliest_classe
         numbers = torch.arange(31)
         assert places.grid(numbers).flatten().tolist() == list(range(1, 26))
         assert places.rest(numbers).tolist() == [0, 26, 27, 28, 29, 30]
+
+
+@pytest.fixture(scope="module")
+def levels() -> EfficientNetLite:
+    return load(levels=True)
+
+
+@torch.no_grad()
+def test_earlier_levels_stand_beside_the_map_and_change_nothing_else(
+    encoder: EfficientNetLite, levels: EfficientNetLite, pixels: Tensor
+) -> None:
+    assert isinstance(levels, ImageEncoder)
+    patches = levels(pixels)
+    assert patches.shape == (len(pixels), levels.tokens, 1280) == (len(pixels), 56, 1280)
+    assert torch.equal(torch.cat([patches[:, :26], patches[:, -5:]], 1), encoder(pixels))
+    places = levels.places(patches[0])
+    assert (places.grids, places.count, places.beside) == (2, 56, encoder.places(patches[0]).beside)
+    numbers = torch.arange(56)
+    assert places.grid(numbers).flatten().tolist() == [2 * number + 27 for number in range(25)]
+    assert places.rest(numbers).tolist() == [0, *range(51, 56)]
+
+
+@torch.no_grad()
+def test_an_earlier_level_is_the_package_s_own_channels_before_the_scale_of_their_norm(
+    levels: EfficientNetLite, pixels: Tensor
+) -> None:
+    original = require("efficientnet_lite_pytorch", "the test").EfficientNet.from_name("efficientnet-lite2").eval()
+    original.load_state_dict(torch.load(adapters.efficientnet.weights()[0], weights_only=True))
+    seen: dict[int, Tensor] = {}
+    for number in LEVEL_RMS:
+        norm = original._blocks[number]._bn0
+        norm.register_forward_hook(lambda _, __, out, number=number: seen.update({number: out.clone()}))
+    original.extract_features(pixels)
+    at = 6  # after the colours
+    for number, rms in LEVEL_RMS.items():
+        norm = original._blocks[number]._bn0
+        spread = norm.weight.abs()
+        draws = norm.bias + spread * torch.linspace(-4, 4, 4001)[:, None]  # N(bias, spread^2), cut off at 0
+        density = torch.exp(-torch.linspace(-4, 4, 4001).square() / 2)[:, None]
+        mean = (draws.relu() * density).sum(0) / density.sum()
+        pooled = F.adaptive_avg_pool2d(seen[number].clamp(0, 6), 5).flatten(2).transpose(1, 2)
+        expected = (pooled - mean) / (spread * rms)
+        found = levels(pixels)[:, 26:51, at : at + len(spread)]
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-2)
+        at += len(spread)
+    assert at == 1158
+    assert not levels(pixels)[:, 26:51, at:].any()
+
+
+@torch.no_grad()
+def test_a_cell_says_its_colour(levels: EfficientNetLite) -> None:
+    picture = torch.full((1, 3, 260, 260), -0.9)
+    picture[:, 0, :52, :52] = 0.9  # red above, to the left
+    tokens = levels(picture)[0, 26:51]
+    (middle, spread), (rms, _) = COLOUR_MEAN, COLOUR_RMS
+    torch.testing.assert_close(tokens[0, :3], (torch.tensor([0.9, -0.9, -0.9]) - middle) / rms)
+    torch.testing.assert_close(tokens[24, :3], (torch.tensor([-0.9] * 3) - middle) / rms)
+    torch.testing.assert_close(tokens[0, 3:6], torch.full((3,), -spread / COLOUR_RMS[1]), rtol=0, atol=0.05)
+
+
+def test_a_prototype_s_earlier_levels_are_noise_of_a_picture_s_size(levels: EfficientNetLite) -> None:
+    patches = levels.prototypes([3, 3, 700], [0, 1, 0])
+    assert patches.shape == (3, 56, 1280)
+    noise = patches[:, 26:51, :1158]
+    assert noise.square().mean().sqrt() == pytest.approx(1, abs=0.05)
+    assert not torch.equal(noise[0], noise[1])
+    shared = noise.mean(1).square().mean().sqrt()
+    assert shared == pytest.approx(0.53, abs=0.06)  # the cells of one picture agree in part
+    assert not patches[:, 26:51, 1158:].any()
 
 
 @pytest.mark.parametrize("grid", [1, 4, 9])
