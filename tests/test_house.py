@@ -48,7 +48,6 @@ LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60
 LONGER = {  # `path` or `path:function`, and why it is better in one piece
     "tests/test_image.py": "one short test for every kind of file that claims to be an image",
-    "tests/examples/test_mini_data.py": "one short test for every rule that makes the data of mini",
 }
 
 

@@ -19,6 +19,7 @@ import torch
 
 import tiny_model
 from blip2.cli.measured import Measurement
+from blip2.config import CaptionConfig
 from blip2.errors import DataError
 from blip2.evaluate.kept import Kept, Row, identity, keeping
 from blip2.packed import PackedLinear, pack_layers, packs
@@ -160,6 +161,8 @@ def test_a_part_that_was_exchanged_is_another_model() -> None:
         assert identity(other) != own, name
     assert model.tokenizer is not None
     assert identity(dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, bos=5))) != own
+    config = model.config.replace(captions=CaptionConfig(length_penalty=0.5))
+    assert identity(dataclasses.replace(model, config=config)) != own
 
 
 def test_packed_weights_are_the_same_model() -> None:

@@ -48,6 +48,19 @@ def test_match_uses_what_lies_beside_the_model_and_only_that(place: Path):
     torch.testing.assert_close(raw.odds.sigmoid(), raw.itm, rtol=1e-5, atol=1e-6)  # a softmax of two is a sigmoid
 
 
+def test_how_captions_are_written_makes_no_other_model_of_it(place: Path):
+    plain = load(place)
+    calibrated.write(place / calibrated.NAME, FITTED, plain.identity)
+    config = json.loads((place / "config.json").read_text())
+    config["captions"]["length_penalty"] = 0.25
+    (place / "config.json").write_text(json.dumps(config))
+    assert load(place).calibration == FITTED
+    config["vision_norm_eps"] = 1e-3
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="another model"):
+        load(place)
+
+
 def test_a_calibration_elsewhere_is_taken_by_name(place: Path, tmp_path_factory: pytest.TempPathFactory):
     file = tmp_path_factory.mktemp("other") / "fitted.json"
     calibrated.write(file, FITTED, load(place).identity)

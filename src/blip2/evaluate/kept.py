@@ -118,10 +118,11 @@ class Kept:
 def identity(model: Blip2) -> str:
     """What tells a model from another, all of its parts with it: 16 hexadecimal digits.
 
-    A digest of the model's own identity (its files, or the frozen parts' digests), of the special tokens, and of name,
-    shape, type and some values of each tensor in memory, wherever it came from. Packed layers are read one by one.
+    A digest of the model's own identity (its files, or the frozen parts' digests), of its configuration, of the special
+    tokens, and of name, shape, type and some values of each tensor in memory, wherever it came from. Packed layers are
+    read one by one.
     """
-    found = hashlib.sha256(model.identity.encode())
+    found = hashlib.sha256(f"{model.identity} {model.config}".encode())
     for tokenizer in (model.tokenizer, model.text_tokenizer):
         ids = tokenizer and (tokenizer.bos, tokenizer.pad, tokenizer.stop_ids, tokenizer.end, tokenizer.frame)
         found.update(repr(ids).encode())

@@ -22,7 +22,7 @@ from blip2.text import Tokenizer
 from blip2.weights.fill import Part, fill
 from blip2.weights.placement import WHOLE, Memory, plan
 from blip2.weights.rules import same
-from blip2.weights.save import FROZEN_WORDS, LANGUAGE, TOKENIZERS, TokenizerIds
+from blip2.weights.save import FROZEN_WORDS, LANGUAGE, TOKENIZERS, VOCABULARY, TokenizerIds
 from blip2.weights.sizes import check_sizes
 from blip2.weights.skeleton import build_language, skeleton
 from blip2.weights.tensors import Safetensors
@@ -170,7 +170,7 @@ def load_vocabulary(directory: Path, size: int) -> Tensor:
     Raises:
         CheckpointError: the file is missing or damaged, or holds something else.
     """
-    path = directory / "vocabulary.safetensors"
+    path = directory / VOCABULARY
     state = read_tensors(path)
     ids = state.get("ids")
     whole = ids is not None and len(state) == 1 and ids.dtype == torch.int64 and ids.shape == (size,)

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from blip2.text import Tokenizer
 
 LANGUAGE = "language.safetensors"
+VOCABULARY = "vocabulary.safetensors"
 TOKENIZERS = "tokenizers.json"
+_WRITING = frozenset({"language", "prompts", "captions", "vocabulary", "base", "adapter", "question_aware"})
 FROZEN_WORDS = "qformer.words.weight"  # belongs to the frozen text part where the configuration says so
 
 
@@ -149,12 +151,19 @@ def trained(bridge: Bridge) -> dict[str, Tensor]:
 
 
 def identity_of(directory: Path) -> str:
-    """SHA-256 over what the directory holds of the model, but for the language model, which no feature comes from."""
+    """SHA-256 over what features and matches of a directory's model come from: its weights and configuration.
+
+    Not over the language model, nor over how texts are written: an index and a calibration outlive another length
+    penalty.
+    """
     digest = hashlib.sha256()
-    files = [path for path in sorted(directory.glob("*.safetensors")) if path.name != LANGUAGE]
-    for path in [*files, directory / "config.json"]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name not in (LANGUAGE, VOCABULARY):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    config = json.loads((directory / "config.json").read_bytes())
+    read = {key: value for key, value in config.items() if key not in _WRITING}
+    digest.update(json.dumps(read, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -192,7 +201,7 @@ def _write_model(
     if vision is not None:
         _write(vision.state_dict(), file("vision.safetensors"), dtype)
     if vocabulary is not None:
-        _write({"ids": vocabulary}, file("vocabulary.safetensors"), None)
+        _write({"ids": vocabulary}, file(VOCABULARY), None)
 
 
 def _write(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
