@@ -128,6 +128,7 @@ def test_options_that_do_not_fit_are_refused_before_the_model_is_loaded(monkeypa
         "of one image, as it comes": ["--stream", "--best-of", "2"],
         "the folder nowhere does not exist": ["--out", "nowhere/c.jsonl"],
         "holiday: is a folder": ["--out", "holiday"],
+        "call it .jsonl": ["--out", "captions.txt"],
     }
     monkeypatch.setattr("blip2.cli.caption.open_model", lambda *_: pytest.fail("the model was loaded"))
     for message, words in cases.items():

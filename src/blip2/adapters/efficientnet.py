@@ -40,10 +40,8 @@ CHANNEL, OF_CLASS, OF_PICTURE, OF_CELL = 0.20, 0.14, 0.28, 0.27
 # Blocks whose expanded channels are an earlier level's token, 144 to 720 of them for cells of 4 to 16 pixels; and what
 # their means in a cell differ by in those pictures, in units of the channel's own spread, RMS.
 LEVEL_RMS = {4: 0.29, 7: 0.24, 15: 0.19}
-COLOUR_MEAN, COLOUR_RMS = (
-    (-0.12, 0.29),
-    (0.42, 0.17),
-)  # of the mean, and of the deviation, of normalised pixels in a cell
+# Middle and RMS of the mean, and of the deviation, of the normalised pixels in a cell.
+COLOUR_MEAN, COLOUR_RMS = (-0.12, 0.29), (0.42, 0.17)
 OF_ONE_PICTURE = 0.5  # how much of a level's difference is the picture's rather than the cell's, as a share of its RMS
 
 
@@ -74,7 +72,6 @@ class EfficientNetLite(nn.Module):
 
     _rows: Tensor
     _blank: Tensor
-
     _level_mean: Tensor
     _level_spread: Tensor
 

@@ -104,6 +104,8 @@ def caption(
         raise ConfigError("--out and --txt: choose one")
     if out is not None:
         check_out(out)
+        if out.suffix == ".txt":
+            raise ConfigError(f"--out {out}: is JSON lines, call it .jsonl; --txt puts a .txt beside each image")
     _check(
         to_files, {"stream": stream, "json": json, "details": details}, bool(prefix or trigger) or existing != "skip"
     )
