@@ -269,6 +269,21 @@ def test_ranks_together_read_what_one_process_reads():
     assert torch.equal(torch.cat([parts[0].owners, parts[1].owners + 4]), whole.owners)
 
 
+def test_a_share_of_each_rank_s_rows_is_written_about_and_all_are_read():
+    samples = make_samples(20, questions=2)
+    texts = Texts(qformer=QFORMER, language=LANGUAGE, questions=QFORMER)
+    for rank in range(2):
+        whole = batches(samples, texts, 12, rank=rank, world=2)[3]
+        some = batches(samples, texts, 12, rank=rank, world=2, lm_share=0.4)[3]
+        assert torch.equal(some.images, whole.images)
+        assert torch.equal(some.ids, whole.ids)
+        count = int((whole.owners < 3).sum())  # 0.4 of 6 rows, and one that is begun
+        assert torch.equal(some.owners, whole.owners[:count])
+        assert some.prompts == whole.prompts[:count]
+        assert len(some.targets) == len(some.questions) == count
+        assert torch.equal(some.targets, whole.targets[:count, : some.targets.shape[1]])
+
+
 def test_a_resumed_loader_goes_on_as_if_never_stopped():
     data = batches(captioned(10), Texts(qformer=QFORMER), 3)
     whole = list(DataLoader(data, batch_size=None, sampler=range(8)))

@@ -44,6 +44,24 @@ def test_texts_that_the_qformer_does_not_read_may_be_longer(shapes: Path):
     assemble(shapes, stage=2, text_length=17)
 
 
+def test_rows_beyond_the_language_model_s_share_are_for_what_is_kept(shapes: Path):
+    """The language model's loss is that of its rows alone, the contrast's that of all."""
+    jobs = [assemble(shapes, stage=2, keep=0.5, batch_size=8, lm_share=share) for share in (0.5, 1.0)]
+    some, whole = (job.batches(0) for job in jobs)
+    assert some.owners.max() == 3
+    assert torch.equal(some.images, whole.images)
+    few = dataclasses.replace(whole, images=whole.images[:4], image_ids=whole.image_ids[:4], ids=whole.ids[:4])
+    few = dataclasses.replace(
+        few, owners=some.owners, prompts=some.prompts, targets=some.targets, questions=some.questions
+    )
+    objective = jobs[0].objective.eval()
+    found, all_kept, all_written = (objective(batch, 7) for batch in (some, whole, few))
+    torch.testing.assert_close(found["itc"], all_kept["itc"])
+    torch.testing.assert_close(found["lm"], all_written["lm"])
+    assert found["lm"] != all_kept["lm"]
+    assert found["itc"] != all_written["itc"]
+
+
 @pytest.mark.parametrize("classes_first", [True, False])
 def test_the_encoder_is_in_its_place_before_anything_asks_it(shapes: Path, tmp_path: Path, classes_first: bool):
     calls: list[str] = []

@@ -58,6 +58,8 @@ def test_a_folder_of_images_and_a_csv_of_captions_train_with_ten_lines(tmp_path:
         ({"prefix_lm": True, "vocabulary": "used"}, "vocabulary: with prefix_lm"),
         ({"model": None}, "model: is missing"),
         ({"lr_scale": {"*": -1}}, "lr_scale.*: Input should be greater than 0"),
+        ({"stage": 1, "keep": 1.0, "lm_share": 0.5}, "lm_share: rows that the language model does not learn from"),
+        ({"stage": 2, "lm_share": 0.5}, "lm_share: rows that the language model does not learn from"),
     ],
 )
 def test_a_wrong_key_or_value_is_an_error_that_names_it(changes: dict[str, object], message: str):

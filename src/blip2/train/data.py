@@ -5,6 +5,7 @@ Letters: B rows of this rank, T text positions, P patches, D width.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -262,6 +263,7 @@ class Batches(Dataset[Batch]):
     Args:
         images: one for each source of the mixture, such as `FeatureCache.patches` or `Pixels`.
         batch_size: rows of all ranks together; ranks hold consecutive parts of it.
+        lm_share: share of a rank's rows, the first of them, that have texts for the language model.
     Raises:
         DataError: the batch cannot be shared evenly, or a source has no captions where stage 1 needs them.
     """
@@ -273,6 +275,7 @@ class Batches(Dataset[Batch]):
         texts: Texts,
         batch_size: int,
         *,
+        lm_share: float = 1.0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -288,6 +291,7 @@ class Batches(Dataset[Batch]):
         self.images = images
         self.texts = texts
         self.batch_size = batch_size
+        self.lm_share = lm_share
         self.rank = rank
         self.world = world
 
@@ -310,9 +314,10 @@ class Batches(Dataset[Batch]):
             self.texts.pairs(sample, draw, (self.mixture.seed, "cut", step, row))
             for row, (sample, draw) in enumerate(zip(samples, everyone, strict=True))
         ][own]
+        pairs = pairs[: math.ceil(self.lm_share * len(pairs))]
         owners = torch.tensor([row for row, texts in enumerate(pairs) for _ in texts])
         prompts, targets = self.texts.tokenize([pair for texts in pairs for pair in texts])
-        rows = zip(samples[own], everyone[own], strict=True)
+        rows = list(zip(samples[own], everyone[own], strict=True))[: len(pairs)]
         questions = self.texts.ids_of_questions([text for row in rows for text in self.texts.asked(*row)])
         return Batch(images, image_ids, ids, owners, prompts, targets, questions)
 

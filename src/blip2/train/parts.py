@@ -160,7 +160,8 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         texts=recipe.texts,
         views=_views(recipe),
     )
-    batches = Batches(mixture, [each.images for each in data], texts, rows, rank=world.rank, world=world.size)
+    images = [each.images for each in data]
+    batches = Batches(mixture, images, texts, rows, lm_share=recipe.lm_share, rank=world.rank, world=world.size)
     lora = None if recipe.lora is None else inject(parts.language()[0], recipe.lora)
     written = earlier_words(start)
     objective = partial(_objective, recipe, parts, bridge, texts, written, world, device)

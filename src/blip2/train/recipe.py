@@ -106,6 +106,8 @@ class Recipe(Section):
         prefix_lm: a caption is cut at random, the language model reads the first words and writes the rest: the
             paper's way with encoder-decoders, and what happens to these where the key is left out.
         keep: weight at which the stage-1 losses go on in stage 2; 0 as in the paper.
+        lm_share: share of the rows that the language model learns from, each rank's first; the others are read for
+            `keep` alone, whose contrast wants many pictures and costs little beside the language model.
         resume: go on where the output folder stands; False starts it over.
     """
 
@@ -152,6 +154,7 @@ class Recipe(Section):
     questions: float = Field(default=0.0, ge=0, le=1)
     prefix_lm: bool | None = None
     keep: float = Field(default=0.0, ge=0)
+    lm_share: float = Field(default=1.0, gt=0, le=1)
     validate_: Validate | None = Field(default=None, alias="validate")
     save_every: int = Field(default=500, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -193,6 +196,8 @@ class Recipe(Section):
             )
         if self.lora is not None and self.stage == 1:
             raise ValueError("lora: stage 1 has no language model; train it in stage 2")
+        if self.lm_share < 1 and (self.stage == 1 or not self.keep):
+            raise ValueError("lm_share: rows that the language model does not learn from are for `keep` in stage 2")
         if self.start_share and self.start is None:
             raise ValueError("start_share: there is no `start` whose weights could come back; leave it out")
         if self.model is None and self.start is None:
