@@ -100,12 +100,7 @@ def caption(
     from blip2 import image
 
     to_files = out is not None or txt
-    if out is not None and txt:
-        raise ConfigError("--out and --txt: choose one")
-    if out is not None:
-        check_out(out)
-        if out.suffix == ".txt":
-            raise ConfigError(f"--out {out}: is JSON lines, call it .jsonl; --txt puts a .txt beside each image")
+    _check_files(out, txt)
     _check(
         to_files, {"stream": stream, "json": json, "details": details}, bool(prefix or trigger) or existing != "skip"
     )
@@ -121,6 +116,16 @@ def caption(
         _to_files(opened, files, out, txt, prompt, {**keywords, **labels})
     else:
         _to_stdout(opened, files, json, details, batch_size or "auto", {**keywords, "prompt": prompt})
+
+
+def _check_files(out: Path | None, txt: bool) -> None:
+    if out is None:
+        return
+    if txt:
+        raise ConfigError("--out and --txt: choose one")
+    check_out(out)
+    if out.suffix == ".txt":
+        raise ConfigError(f"--out {out}: is JSON lines, call it .jsonl; --txt puts a .txt beside each image")
 
 
 def _check(to_files: bool, shown: dict[str, bool], labelled: bool) -> None:
