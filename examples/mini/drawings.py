@@ -33,6 +33,7 @@ _WORDS = 4  # a longer title tells a story
 _DC = "{http://purl.org/dc/elements/1.1/}"
 _RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 _TEXTS = ("title", "description")
+_VOWEL = r"(?!uni|us|eu|one)[aeiou]"  # as it is spoken
 _LARGEST = 2**24  # pixels; a few drawings have hundreds of millions
 _EMOJI = (range(0x2600, 0x27C0), range(0x1F300, 0x1FB00))
 _STRIKE = 109  # pixels: the one size that the font has
@@ -68,7 +69,7 @@ def read_clip_art(root: Path, wordnet: WordNet) -> Iterator[Drawing]:
         raise FileNotFoundError(f"{root}: no clip art here; `apt install openclipart-svg openclipart-png`")
     for path in files:
         inside = path.relative_to(root / "svg").with_suffix("")
-        picture = root / "png" / inside.with_suffix(".png")
+        picture = root / "png" / f"{inside}.png"
         if not picture.is_file() or (said := _metadata(path)) is None:
             continue
         title, about = said
@@ -85,7 +86,7 @@ def _metadata(path: Path) -> tuple[str, str] | None:
     except ET.ParseError:
         return None
     keywords = [word.text for subject in tree.iter(f"{_DC}subject") for word in subject.iter(f"{_RDF}li") if word.text]
-    title, text = (next((entry.text for entry in tree.iter(_DC + tag) if entry.text), "") for tag in _TEXTS)
+    title, text = (next((entry.text or "" for entry in tree.iter(_DC + tag)), "") for tag in _TEXTS)  # the work's own
     return title, " ".join([text, *keywords])
 
 
@@ -134,7 +135,7 @@ def write_drawings(
             continue
         names[drawing.name] += 1
         on_ground(visible, GROUNDS["white"]).save(folder / f"{drawing.id}.jpg", quality=92)
-        named = with_article(drawing.name, noun)
+        named = with_article(drawing.name, wordnet)
         captions = [named, f"a drawing of {named}"]
         rows.append({"id": drawing.id, "image": f"{folder.name}/{drawing.id}.jpg", "captions": captions, "noun": noun})
     return rows
@@ -152,8 +153,9 @@ def _read(path: Path) -> Image.Image:
     return Image.new("RGBA", (1, 1))
 
 
-def with_article(name: str, noun: str) -> str:
-    """`an old truck`; what ends on another form than its noun is many, and has none: `red cherries`."""
-    if not name.endswith(noun):
+def with_article(name: str, wordnet: WordNet) -> str:
+    """`an old truck`, `a unicorn`; what is many has none: `red cherries`, `sunglasses`."""
+    last = name.split()[-1]
+    if wordnet.lemma(last) not in (None, last) or (last.endswith("s") and not last.endswith(("ss", "us", "is"))):
         return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{'an' if re.match(_VOWEL, name) else 'a'} {name}"

@@ -158,6 +158,18 @@ def test_a_cell_says_its_colour(levels: EfficientNetLite) -> None:
     torch.testing.assert_close(tokens[0, 3:6], torch.full((3,), -spread / COLOUR_RMS[1]), rtol=0, atol=0.05)
 
 
+@torch.no_grad()
+def test_earlier_levels_in_half_precision_are_nearly_those_in_float32(pixels: Tensor) -> None:
+    exact, half = load(levels=True), load(levels=True).to(torch.bfloat16)
+    flat = torch.full_like(pixels[:1], 0.9)
+    flat[..., ::2] = 0.908
+    for picture in (pixels, flat):
+        found, wanted = half(picture.bfloat16())[:, 26:51], exact(picture.bfloat16().float())[:, 26:51]
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found[..., :6].float(), wanted[..., :6], rtol=0.01, atol=0.01)  # colours
+        assert (found.float() - wanted).square().mean().sqrt() < 0.2 * wanted.square().mean().sqrt()
+
+
 def test_a_prototype_s_earlier_levels_are_noise_of_a_picture_s_size(levels: EfficientNetLite) -> None:
     patches = levels.prototypes([3, 3, 700], [0, 1, 0])
     assert patches.shape == (3, 56, 1280)

@@ -86,7 +86,7 @@ def test_every_part_of_mini_is_known_by_its_width_and_verifies() -> None:
 
 def test_an_unknown_name_is_an_error_that_lists_the_known() -> None:
     part = PartConfig("resnet-50", width=2048)
-    with pytest.raises(ConfigError, match="no image encoder is called 'resnet-50'; known: efficientnet-lite2"):
+    with pytest.raises(ConfigError, match=r"no image encoder is called 'resnet-50'; known: .*, transformers:DIRECTORY"):
         adapters.image_encoder(part)
     with pytest.raises(ConfigError, match="known: gemma-3-270m, transformers:DIRECTORY"):
         adapters.language_model(part)

@@ -20,6 +20,16 @@ def test_a_start_of_another_shape_is_refused(shapes: Path, tmp_path: Path):
         run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "nowhere"), model=None)
 
 
+def test_a_bridge_is_not_shown_another_encoder_s_patches(shapes: Path, tmp_path: Path):
+    """Of the same width, so that no shape would tell."""
+    run(shapes, tmp_path / "one", steps=1)
+    other = tiny.model() | {"vision": {"name": "another-encoder", "width": 32}}
+    with pytest.raises(
+        ConfigError, match=r"model\.vision: another-encoder, but .* was trained on tiny-encoder; .*name=tiny"
+    ):
+        run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "one"), model=other)
+
+
 def test_stage_two_goes_on_from_a_stage_one_without_language_model(shapes: Path, tmp_path: Path):
     run(shapes, tmp_path / "one", steps=2, model=tiny.model() | {"language": None})
     with pytest.raises(ConfigError, match="stage 2 needs a language model"):

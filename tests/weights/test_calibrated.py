@@ -14,9 +14,11 @@ import lavis_files
 import tiny_model
 from blip2 import weights
 from blip2.calibration import Calibration
+from blip2.config import Blip2Config
 from blip2.errors import CheckpointError
 from blip2.weights import calibrated, lavis
 from blip2.weights.convert import convert
+from blip2.weights.save import NOT_SEEN, identity_of
 
 FITTED = Calibration(2.0, -1.0, 0.25)
 
@@ -59,6 +61,22 @@ def test_how_captions_are_written_makes_no_other_model_of_it(place: Path):
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="another model"):
         load(place)
+
+
+def test_what_a_model_s_identity_leaves_out_are_keys_that_there_are(place: Path):
+    assert {field.name for field in dataclasses.fields(Blip2Config)} > NOT_SEEN
+    own = load(place).identity
+    values = json.loads((place / "config.json").read_text())
+    values["base"] = {"name": "elsewhere", "sha256": "1" * 64, "vision": False}
+    (place / "config.json").write_text(json.dumps(values))
+    based = identity_of(place)
+    assert based != own
+    values["base"]["name"] = "moved"
+    (place / "config.json").write_text(json.dumps(values))
+    assert identity_of(place) == based
+    values["base"]["sha256"] = "2" * 64
+    (place / "config.json").write_text(json.dumps(values))
+    assert identity_of(place) != based
 
 
 def test_a_calibration_elsewhere_is_taken_by_name(place: Path, tmp_path_factory: pytest.TempPathFactory):

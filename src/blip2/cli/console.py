@@ -113,7 +113,7 @@ def of_readable(
     """What a verb gives for each image that can be read, in order, as it comes, with a bar; see `bulk.each`.
 
     Args:
-        failed: takes the others, which are named on stderr.
+        failed: takes the others as they come, which are named on stderr. Close the generator: it holds the bar.
     """
     from blip2 import bulk
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,9 +58,10 @@ def embed(
     vectors: list[NDArray[np.float32]] = []
     try:
         size = BatchSize(batch_size, opened.device)
-        for path, row in of_readable(opened.embed_images, files, opened.transform, size, failed):
-            vectors.append(row.cpu().numpy())
-            done.append(str(path))
+        with closing(of_readable(opened.embed_images, files, opened.transform, size, failed)) as stream:
+            for path, row in stream:
+                vectors.append(row.cpu().numpy())
+                done.append(str(path))
     finally:
         if done:
             _write(out, done, vectors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,15 +66,16 @@ def _show(model: Blip2, files: Sequence[Path], texts: Sequence[str], size: Batch
 
     failed: list[bulk.Failure] = []
     rows: list[tuple[str, ...]] = []
-    for path, row in of_readable(fits, files, model.transform, size, failed):
-        for words, itm, itc in zip(texts, *row, strict=True):
-            if json:
-                result_json({"image": str(path), "text": words, "itm": itm, "itc": itc})
-            else:
-                rows.append((str(path), words, f"{itm:.3f}", f"{itc:.3f}"))
-        if not sys.stdout.isatty():
-            listing(COLUMNS, rows)
-            rows = []
+    with closing(of_readable(fits, files, model.transform, size, failed)) as stream:
+        for path, row in stream:
+            for words, itm, itc in zip(texts, *row, strict=True):
+                if json:
+                    result_json({"image": str(path), "text": words, "itm": itm, "itc": itc})
+                else:
+                    rows.append((str(path), words, f"{itm:.3f}", f"{itc:.3f}"))
+            if not sys.stdout.isatty():
+                listing(COLUMNS, rows)
+                rows = []
     if rows:
         listing(COLUMNS, rows, right=COLUMNS[2:])
     if failed:

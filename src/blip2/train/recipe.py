@@ -106,8 +106,8 @@ class Recipe(Section):
         prefix_lm: a caption is cut at random, the language model reads the first words and writes the rest: the
             paper's way with encoder-decoders, and what happens to these where the key is left out.
         keep: weight at which the stage-1 losses go on in stage 2; 0 as in the paper.
-        lm_share: share of the rows that the language model learns from, each rank's first; the others are read for
-            `keep` alone, whose contrast wants many pictures and costs little beside the language model.
+        lm_share: share of the rows that the language model learns from: the first of each rank's part of a step,
+            rounded up. The others are read for `keep` alone, whose contrast wants many pictures and costs little.
         resume: go on where the output folder stands; False starts it over.
     """
 

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from blip2 import weights
-from blip2.config import PRESETS, BaseConfig, Blip2Config, LanguageConfig, VisionConfig, describe
+from blip2.adapters import DIRECTORY
+from blip2.config import PRESETS, BaseConfig, Blip2Config, LanguageConfig, PartConfig, VisionConfig, describe
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
 from blip2.protocols import LanguageModel
@@ -158,6 +159,7 @@ def start_bridge(config: Blip2Config, start: Start | None, model: Blip2 | None, 
         if config.text is not None:
             start_from_bert(bridge.qformer, text().weights)
         return bridge
+    _check_encoder(start, config)
     earlier = model.bridge if model else _earlier(start, config, text)
     state, own = earlier.state_dict(), bridge.state_dict()
     for what, place in (("language projection", "language_projection."), ("word head", "heads.words.")):
@@ -169,6 +171,19 @@ def start_bridge(config: Blip2Config, start: Start | None, model: Blip2 | None, 
     check_names(bridge, state, start.directory)
     bridge.load_state_dict(state)
     return bridge
+
+
+def _check_encoder(start: Start, config: Blip2Config) -> None:
+    """Refuse an image encoder that the start's bridge has never seen, which only its width would tell."""
+    theirs, ours = start.config.vision, config.vision
+    if not isinstance(theirs, PartConfig) or not isinstance(ours, PartConfig):
+        return
+    moved = theirs.name.startswith(DIRECTORY) and ours.name.startswith(DIRECTORY)
+    if theirs.name != ours.name and not moved:
+        raise ConfigError(
+            f"model.vision: {ours.name}, but {start.directory} was trained on {theirs.name}; leave the preset out of "
+            f"`model`, or write model.vision.name={theirs.name}"
+        )
 
 
 def _earlier(start: Start, config: Blip2Config, text: Callable[[], TextPart]) -> Bridge:

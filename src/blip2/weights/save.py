@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 LANGUAGE = "language.safetensors"
 VOCABULARY = "vocabulary.safetensors"
 TOKENIZERS = "tokenizers.json"
-_WRITING = frozenset({"language", "prompts", "captions", "vocabulary", "base", "adapter", "question_aware"})
 FROZEN_WORDS = "qformer.words.weight"  # belongs to the frozen text part where the configuration says so
 
 
@@ -150,6 +149,10 @@ def trained(bridge: Bridge) -> dict[str, Tensor]:
     return state
 
 
+# Keys of the configuration that no feature and no match depends on: what is written, and how questions are asked.
+NOT_SEEN = frozenset({"language", "prompts", "captions", "vocabulary", "adapter", "question_aware", "base"})
+
+
 def identity_of(directory: Path) -> str:
     """SHA-256 over what features and matches of a directory's model come from: its weights and configuration.
 
@@ -162,7 +165,9 @@ def identity_of(directory: Path) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     config = json.loads((directory / "config.json").read_bytes())
-    read = {key: value for key, value in config.items() if key not in _WRITING}
+    read = {key: value for key, value in config.items() if key not in NOT_SEEN}
+    if base := config.get("base"):  # the image encoder may be its; where it lies does not matter
+        read["base"] = base["sha256"]
     digest.update(json.dumps(read, sort_keys=True).encode())
     return digest.hexdigest()
 
