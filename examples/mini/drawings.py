@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lexicon import LEXICON
 from PIL import Image, ImageDraw, ImageFont
 from stamps import GROUNDS, crop_visible, on_ground
 from wordnet import WordNet
@@ -33,6 +34,8 @@ _WORDS = 4  # a longer title tells a story
 _DC = "{http://purl.org/dc/elements/1.1/}"
 _RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 _TEXTS = ("title", "description")
+_SEVERAL = frozenset(LEXICON["company"])
+_BETWEEN = r" (?:in|with|of|on|at|behind|for) "
 _VOWEL = r"(?!uni|us|eu|one)[aeiou]"  # as it is spoken
 _LARGEST = 2**24  # pixels; a few drawings have hundreds of millions
 _EMOJI = (range(0x2600, 0x27C0), range(0x1F300, 0x1FB00))
@@ -155,7 +158,8 @@ def _read(path: Path) -> Image.Image:
 
 def with_article(name: str, wordnet: WordNet) -> str:
     """`an old truck`, `a unicorn`; what is many has none: `red cherries`, `sunglasses`."""
-    last = name.split()[-1]
-    if wordnet.lemma(last) not in (None, last) or (last.endswith("s") and not last.endswith(("ss", "us", "is"))):
+    first, *_, last = re.split(_BETWEEN, name)[0].split() * 2
+    many = wordnet.lemma(last) not in (None, last) or (last.endswith("s") and not last.endswith(("ss", "us", "is")))
+    if many or first in _SEVERAL or " and " in name:
         return name
     return f"{'an' if re.match(_VOWEL, name) else 'a'} {name}"

@@ -60,7 +60,7 @@ class PartConfig(Strict):
     """A frozen part that somebody else made, by the name that `adapters` knows it under.
 
     Attributes:
-        name: such as `efficientnet-lite2`, `gemma-3-270m`, `minilm-l6`, or `transformers:DIRECTORY`.
+        name: such as `efficientnet-lite2-levels`, `gemma-3-270m`, `minilm-l6`, or `transformers:DIRECTORY`.
         width: of its output (encoder) or of its embeddings (language model).
         sha256: of its weights, empty until the model is saved; checked when it is loaded.
     """

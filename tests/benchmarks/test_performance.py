@@ -110,6 +110,24 @@ def test_rows_and_photos_that_are_not_there_are_refused(capsys, monkeypatch, tmp
         assert said in capsys.readouterr().err
 
 
+def test_the_readme_says_what_was_measured():
+    shown = {
+        "one caption, greedy": "caption",
+        "one caption, five beams": "beams",
+        "ten questions about one image": "questions",
+        "8 images matched with 32 texts (ViT-g)": "match",
+        "an answer of Flan-T5-xl, five beams": "t5",
+        "200 pictures captioned by mini": "mini",
+    }
+    measured = json.loads((ROOT / "docs" / "performance.json").read_text())
+    ratios = {(line.row, line.precision): line.ratio for line in tables.lines(measured) if line.side == "ours"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for what, row in shown.items():
+        found = [ratios.get((row, precision)) for precision in ("float32", "int8")]
+        cells = ["" if ratio is None else f" {ratio:.0f}" if ratio > 9.95 else f" {ratio:.1f}" for ratio in found]
+        assert f"\n| {what} |{' |'.join(cells)} |\n" in readme
+
+
 def test_the_page_and_its_drawing_are_those_of_the_numbers(tmp_path: Path):
     page, drawn = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.svg"
     copy = tmp_path / "performance.md"

@@ -102,7 +102,21 @@ def test_a_picture_of_too_many_pixels_is_left_out(tmp_path: Path, wordnet: WordN
 
 
 @pytest.mark.parametrize(
-    "said", ["a dog", "an old dog", "a unicorn", "a one eyed frog", "red cherries", "scissors", "keys", "geese"]
+    "said",
+    [
+        "a dog",
+        "an old dog",
+        "a unicorn",
+        "a one eyed frog",
+        "red cherries",
+        "scissors",
+        "keys",
+        "geese",
+        "two dog in sunset",
+        "a rose in geese",
+        "roses in bloom",
+        "key and hammer",
+    ],
 )
 def test_one_thing_has_an_article(said: str, wordnet: WordNet):
     assert with_article(said.removeprefix("a ").removeprefix("an "), wordnet) == said
