@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CODE := src tests examples benchmarks
 
-.PHONY: help demo test test-slow lint format typecheck docs-cli clean
+.PHONY: help demo test test-slow lint format typecheck docs-cli docs-recipes clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,6 +31,9 @@ typecheck: $(STAMP) ## pyright, strict, on the package
 
 docs-cli: $(STAMP) ## write docs/cli.md from the commands themselves
 	@$(BIN)/python -m typer blip2.cli utils docs --name blip2 --title "The command line" --output docs/cli.md
+
+docs-recipes: $(STAMP) ## write docs/recipes.md from the recipe's own fields
+	@$(BIN)/python -m blip2.train.reference > docs/recipes.md
 
 clean: ## remove what make and the tests wrote, the environment and the runs of training aside
 	@rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo

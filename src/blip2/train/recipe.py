@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decay_temperature": True,
     },
 }
-_WARMUP = {("paper", 1): 2000, ("paper", 2): 2000, ("reference", 1): 5000, ("reference", 2): 2000}
-_MIN_LR = {("paper", 1): 0.0, ("paper", 2): 0.5, ("reference", 1): 0.1, ("reference", 2): 0.1}  # of `lr`
-_WARMUP_SHARE = 10  # a short run warms up over a tenth of its steps at most
+WARMUP = {("paper", 1): 2000, ("paper", 2): 2000, ("reference", 1): 5000, ("reference", 2): 2000}
+MIN_LR = {("paper", 1): 0.0, ("paper", 2): 0.5, ("reference", 1): 0.1, ("reference", 2): 0.1}  # of `lr`
+WARMUP_SHARE = 10  # a short run warms up over a tenth of its steps at most
 
 _ELSEWHERE = {  # what other trainers call our keys
     "learning_rate": "lr",
@@ -70,15 +70,20 @@ class Recipe(Section):
     Attributes:
         stage: 1 (contrast, matching, image-grounded text) or 2 (the language model writes).
         output: folder of the run: its log, checkpoints, report and, at the end, the model.
-        preset: where defaults come from.
+        data: what is learned from: a path, or sources with their weights.
+        steps: updates of the weights.
+        preset: where defaults come from: the `paper`, or its public code where that differs (`reference`).
         model: a name of `config.PRESETS`, or a mapping: `preset` and what differs from it; without a preset, or left
             out, what differs from the model of `start`.
         start: what this run goes on from: the folder of an earlier run or of a model, our own or as transformers
             writes it; OWNER/NAME of one on the hub; `mini` is the model that comes with the package.
+        seed: of every random draw; the same seed gives the same run.
         batch_size: pairs of one update, over all ranks and accumulated parts.
         accumulate: parts that a batch is computed in, each with its own contrast and gradient; they add up.
-        lr, min_lr, warmup, warmup_from, schedule: linear from `warmup_from` to `lr` in `warmup` steps, then a cosine to
-            `min_lr`, updated each step, or each epoch of `epoch_steps` (all of the data once, where left out).
+        lr, min_lr, warmup, warmup_from, schedule, epoch_steps: linear from `warmup_from` to `lr` in `warmup` steps,
+            then a cosine to `min_lr`, updated each `step`, or each `epoch` of `epoch_steps` (all of the data once where
+            left out).
+        betas, weight_decay: of AdamW.
         clip: largest norm of the gradient; None for no limit, as published.
         decay_temperature: whether weight decay pulls at the contrastive temperature too.
         lr_scale: factors on the learning rate by pattern of parameter name, `*` as in file names; the first that fits.
@@ -90,9 +95,15 @@ class Recipe(Section):
             pattern as `lr_scale`: what was learned before fades less (WiSE-FT, Wortsman et al. 2022). A language
             projection that begins anew wants 0.
         ema: decay of a running average of the weights, which is then what is validated and saved; None for none.
+        precision: of the forward pass: `auto` takes 16 bits where the device computes them itself; weights stay
+            float32.
+        device: `auto`, `cpu`, `cuda`; under `torchrun` each process takes its own.
+        features: of the frozen image encoder: `{cache: FOLDER}` computes them once, `online` anew each time.
+        workers: threads that read ahead.
         text_length: most tokens of a text, cut on the right.
         vocabulary: the words that a softmax runs over: `used` in the training texts, or `all`.
         smoothing: label smoothing of ITC and ITG.
+        losses: weights of stage 1's losses.
         itm_share, itg_share: share of the rows that ITM and ITG learn from; 1 as published. Each rank takes the first
             of its own rows, so unless both are 1 several ranks learn from other pairs than one process would.
         itm_hardness: how much likelier ITM draws a similar wrong partner: 1 as published, 0 draws evenly. A small
@@ -108,6 +119,8 @@ class Recipe(Section):
         keep: weight at which the stage-1 losses go on in stage 2; 0 as in the paper.
         lm_share: share of the rows that the language model learns from: the first of each rank's part of a step,
             rounded up. The others are read for `keep` alone, whose contrast wants many pictures and costs little.
+        validate: held-out data, looked at while training.
+        save_every, log_every: steps from one checkpoint, and from one line of the log, to the next.
         resume: go on where the output folder stands; False starts it over.
     """
 
@@ -170,10 +183,10 @@ class Recipe(Section):
         filled = {**PRESETS.get(str(name), PRESETS["paper"]), **values}
         kind = (str(name) if name in PRESETS else "paper", 2 if stage == 2 else 1)
         if isinstance(values.get("steps"), int):
-            filled.setdefault("warmup", min(_WARMUP[kind], values["steps"] // _WARMUP_SHARE))
-        filled.setdefault("warmup", _WARMUP[kind])
+            filled.setdefault("warmup", min(WARMUP[kind], values["steps"] // WARMUP_SHARE))
+        filled.setdefault("warmup", WARMUP[kind])
         try:
-            filled.setdefault("min_lr", _MIN_LR[kind] * float(values.get("lr", 1e-4)))
+            filled.setdefault("min_lr", MIN_LR[kind] * float(values.get("lr", 1e-4)))
         except (TypeError, ValueError):  # `lr` is no number, which is its field's to say
             filled.setdefault("min_lr", 0.0)
         return filled

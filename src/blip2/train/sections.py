@@ -16,9 +16,16 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """One data set; `blip2.data.sources.read` says what the formats are.
+    """One data set.
 
     Attributes:
+        path: a file, a folder, or a pattern such as `train-*.tar`.
+        format: `auto` tells them apart. `webdataset` is shards, `coco` its JSON, `table` a CSV or JSON lines with the
+            columns image and caption, `folder` one with a .txt beside each picture, `classes` names of the encoder's.
+        split: `train`, `dev` or `test`, where the format has such.
+        questions: JSON lines of id and questions, which join the pictures of these ids: the key in a shard, the column
+            `id` of a table or else the picture's name, the path without suffix in a folder.
+        templates: sentences in which class names stand, `{}` in their place.
         weight: its share of every batch, relative to the other sources.
     """
 
@@ -59,6 +66,7 @@ class Validate(Section):
     """Held-out data, looked at while training.
 
     Attributes:
+        data: as `data`.
         every: steps from one validation to the next; the last step is always validated.
         limit: at most this many pictures.
         select: which weights become the model at the end: those of the best validation, or the last.
@@ -74,6 +82,7 @@ class Losses(Section):
     """Weights of the stage-1 losses; one of weight 0 is not computed.
 
     Attributes:
+        itc, itm, itg: contrast, matching and image-grounded text generation, of equal weight in the paper.
         diversity: not of the paper, where it is 0: keeps the queries from all saying the same about an image.
     """
 
@@ -102,6 +111,7 @@ class LoRA(Section):
     """Low-rank changes of the language model's linear layers, made by PEFT.
 
     Attributes:
+        rank: of the matrices beside a layer.
         alpha: the changes are scaled by alpha / rank.
         targets: patterns of the names of linear layers, `*` as in file names; the head is never changed.
     """
