@@ -257,6 +257,16 @@ def test_a_picture_without_text_and_an_empty_text_are_named(tmp_path: Path):
         sources.read(tmp_path)
 
 
+def test_pictures_of_a_folder_that_are_only_asked_about_need_no_captions(tmp_path: Path):
+    pictures(tmp_path, "asked.jpg", "told.jpg", "neither.jpg")
+    (tmp_path / "told.txt").write_text("a dog")
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text(json.dumps({"id": "asked", "questions": [["what is it?", "a dog"]]}) + "\n")
+    one, other = sources.read(tmp_path, "folder", questions=asked)
+    assert (one.id, one.captions, one.questions) == ("asked", (), (("what is it?", "a dog"),))
+    assert (other.id, other.captions, other.questions) == ("told", ("a dog",), ())
+
+
 def test_class_names_become_captions_of_prototypes(tmp_path: Path):
     (tmp_path / "c.jsonl").write_text('{"class": 3, "names": ["owl", "hawk"]}\n')
     (sample,) = sources.read(tmp_path / "c.jsonl", "classes", templates=["a photo of {}"])

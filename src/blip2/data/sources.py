@@ -74,7 +74,8 @@ def read(
                 Or such a .json itself, of NoCaps as well.
             karpathy: the .json of his split of COCO, Flickr30k or Flickr8k; needs `split` (train, val or test).
             table: .csv, .tsv or .jsonl, one picture and text a line; rows of one picture become one sample.
-            folder: pictures, each with a .txt of captions beside it, one a line.
+            folder: pictures, each with a .txt of captions beside it, one a line. With `questions` a picture may go
+                without, and one that nothing is asked about is then left out.
             classes: .jsonl of `{"class": index, "names": [...]}`: names for the encoder's class prototypes.
         questions: a .jsonl of `{"id": ..., "questions": [[question, answer], ...]}` that joins samples by id.
         images: the folder of the pictures that a .json names; the one it lies in without.
@@ -99,7 +100,7 @@ def read(
         "coco": lambda: _official(official.coco(*_coco(Path(path), split, folder)), unlabelled),
         "karpathy": lambda: _official(official.karpathy(Path(path), folder, split), unlabelled),
         "table": lambda: _table(Path(path)),
-        "folder": lambda: _folder(Path(path)),
+        "folder": lambda: _folder(Path(path), asked=questions is not None),
         "classes": lambda: _classes(Path(path), templates),
     }
     samples: dict[str, Sample] = {}
@@ -109,7 +110,10 @@ def read(
         samples[sample.id] = sample
     if not samples:
         raise DataError(f"{path}: no samples found (read as {found!r}); see the formats in docs/evaluation.md")
-    return _join(samples, Path(questions)) if questions is not None else list(samples.values())
+    if questions is None:
+        return list(samples.values())
+    joined = _join(samples, Path(questions))
+    return [sample for sample in joined if sample.captions or sample.questions] if found == "folder" else joined
 
 
 def _detect(path: str) -> Format:
@@ -321,13 +325,16 @@ def _table(path: Path) -> Iterator[tuple[str, Sample]]:
     yield from merged.values()
 
 
-def _folder(root: Path) -> Iterator[tuple[str, Sample]]:
+def _folder(root: Path, *, asked: bool) -> Iterator[tuple[str, Sample]]:
     for picture in sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES):
         text = picture.with_suffix(".txt")
+        key = picture.relative_to(root).with_suffix("").as_posix()
         if not text.is_file():
+            if asked:
+                yield str(picture), Sample(key, ImageRef(picture), ())
+                continue
             raise DataError(f"{picture}: no {text.name} beside it; write its caption there, or move the picture away")
         captions = [line for _, line in _lines(text)]
-        key = picture.relative_to(root).with_suffix("").as_posix()
         yield _sample(str(text), key, ImageRef(picture), captions or "")
 
 
