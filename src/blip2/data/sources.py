@@ -85,14 +85,7 @@ def read(
         DataError: nothing there, a damaged shard, an empty caption, a missing picture, an id twice; the message names
             file and line or member.
     """
-    if format not in get_args(Format):
-        raise DataError(f"unknown format {format!r}; choose one of {', '.join(get_args(Format))}")
-    found = _detect(str(path)) if format == "auto" else format
-    named = Path(path).suffix.lower() == ".json"
-    if split is not None and (found not in ("flickr8k", "coco", "karpathy") or (found == "coco" and named)):
-        raise DataError(f"{path}: data of format {found!r} has no splits; leave `split` out and name the files instead")
-    if images is not None and not named:
-        raise DataError(f"{path}: a folder of pictures is for .json files; data of format {found!r} knows its own")
+    found = _format(path, format, split, images)
     folder = Path(path).parent if images is None else Path(images)
     readers: dict[str, Callable[[], Iterable[tuple[str, Sample]]]] = {
         "webdataset": lambda: _webdataset(str(path)),
@@ -114,6 +107,19 @@ def read(
         return list(samples.values())
     joined = _join(samples, Path(questions))
     return [sample for sample in joined if sample.captions or sample.questions] if found == "folder" else joined
+
+
+def _format(path: str | Path, format: Format, split: str | None, images: str | Path | None) -> Format:
+    """What the data are, if the other arguments go with it."""
+    if format not in get_args(Format):
+        raise DataError(f"unknown format {format!r}; choose one of {', '.join(get_args(Format))}")
+    found = _detect(str(path)) if format == "auto" else format
+    named = Path(path).suffix.lower() == ".json"
+    if split is not None and (found not in ("flickr8k", "coco", "karpathy") or (found == "coco" and named)):
+        raise DataError(f"{path}: data of format {found!r} has no splits; leave `split` out and name the files instead")
+    if images is not None and not named:
+        raise DataError(f"{path}: a folder of pictures is for .json files; data of format {found!r} knows its own")
+    return found
 
 
 def _detect(path: str) -> Format:
