@@ -62,6 +62,17 @@ def test_rows_beyond_the_language_model_s_share_are_for_what_is_kept(shapes: Pat
     assert found["itc"] != all_written["itc"]
 
 
+def test_karpathys_file_and_the_folder_of_its_pictures_train(shapes: Path, tmp_path: Path):
+    names = sorted(path.name for path in shapes.parent.glob("*.png"))[:4]
+    sentence = [{"raw": "a red circle"}]
+    entries = [{"filename": name, "split": "train", "imgid": n, "sentences": sentence} for n, name in enumerate(names)]
+    file = tmp_path / "dataset_flickr30k.json"
+    file.write_text(json.dumps({"images": entries, "dataset": "flickr30k"}))
+    source = {"path": str(file), "format": "karpathy", "split": "train", "images": str(shapes.parent)}
+    batch = assemble([source], batch_size=4).batches(0)
+    assert batch.images.shape[0] == len(batch.ids) == 4
+
+
 @pytest.mark.parametrize("classes_first", [True, False])
 def test_the_encoder_is_in_its_place_before_anything_asks_it(shapes: Path, tmp_path: Path, classes_first: bool):
     calls: list[str] = []

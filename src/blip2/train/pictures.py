@@ -49,7 +49,12 @@ def read_data(
     """
     templates = source.templates or sources.TEMPLATES
     samples = sources.read(
-        source.path, source.format, split=source.split, questions=source.questions, templates=templates
+        source.path,
+        source.format,
+        split=source.split,
+        questions=source.questions,
+        images=source.images,
+        templates=templates,
     )
     if limit is not None and len(samples) > limit:
         samples = [samples[number * len(samples) // limit] for number in range(limit)]

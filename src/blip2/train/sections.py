@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from blip2.data.sources import Format
+
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and strict about its keys."""
@@ -20,19 +22,22 @@ class Source(Section):
 
     Attributes:
         path: a file, a folder, or a pattern such as `train-*.tar`.
-        format: `auto` tells them apart. `webdataset` is shards, `coco` its JSON, `table` a CSV or JSON lines with the
-            columns image and caption, `folder` one with a .txt beside each picture, `classes` names of the encoder's.
+        format: `auto` tells them apart. `webdataset` is shards, `coco` its JSON, `karpathy` that of his splits, `table`
+            a CSV or JSON lines with the columns image and caption, `folder` one with a .txt beside each picture,
+            `classes` names of the encoder's classes.
         split: `train`, `dev` or `test`, where the format has such.
         questions: JSON lines of id and questions, which join the pictures of these ids: the key in a shard, the column
             `id` of a table or else the picture's name, the path without suffix in a folder.
+        images: folder of the pictures that a .json names, where it does not lie in it.
         templates: sentences in which class names stand, `{}` in their place.
         weight: its share of every batch, relative to the other sources.
     """
 
     path: str
-    format: Literal["auto", "webdataset", "flickr8k", "coco", "table", "folder", "classes"] = "auto"
+    format: Format = "auto"
     split: str | None = None
     questions: str | None = None
+    images: str | None = None
     templates: tuple[str, ...] | None = None
     weight: float = Field(default=1.0, gt=0)
 
