@@ -158,8 +158,9 @@ def _read(path: Path) -> Image.Image:
 
 def with_article(name: str, wordnet: WordNet) -> str:
     """`an old truck`, `a unicorn`; what is many has none: `red cherries`, `sunglasses`."""
-    first, *_, last = re.split(_BETWEEN, name)[0].split() * 2
+    words = re.split(_BETWEEN, name)[0].split()
+    last = words[-1]
     many = wordnet.lemma(last) not in (None, last) or (last.endswith("s") and not last.endswith(("ss", "us", "is")))
-    if many or first in _SEVERAL or " and " in name:
+    if many or words[0] in _SEVERAL or " and " in name:
         return name
     return f"{'an' if re.match(_VOWEL, name) else 'a'} {name}"

@@ -40,7 +40,7 @@ def load(directory: Path) -> tuple[TransformersLM, Tokenizer]:
     """
     transformers, config = _open(directory, "a language model of transformers")
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    model, lacking = _read(directory, kind, config, "auto")
+    model, lacking = _read(transformers, directory, kind, config, "auto")
     _refuse(directory, lacking)
     return TransformersLM(model), _tokenizer(directory, model.generation_config)
 
@@ -58,7 +58,7 @@ def load_encoder(directory: Path) -> TransformersVision:
     """
     transformers, config = _open(directory, "an image encoder of transformers")
     pixels = _processor(directory)
-    model, lacking = _read(directory, transformers.AutoModel, config, torch.float32)
+    model, lacking = _read(transformers, directory, transformers.AutoModel, config, torch.float32)
     side = "" if image_side(model) is model else "vision_model."
     unused = (f"{side}pooler.", f"{side}head.")  # of one vector for the whole picture, which a bridge does not read
     _refuse(directory, [name for name in lacking if name.startswith(side) and not name.startswith(unused)])
@@ -142,9 +142,8 @@ def _open(directory: Path, feature: str) -> tuple[Any, Any]:
         raise CheckpointError(f"{directory}: transformers cannot load it: {error}") from error
 
 
-def _read(directory: Path, kind: Any, config: Any, dtype: object) -> tuple[Any, list[str]]:
+def _read(transformers: Any, directory: Path, kind: Any, config: Any, dtype: object) -> tuple[Any, list[str]]:
     """The model, and the names of its tensors that are missing or have another shape."""
-    transformers = require("transformers", "a model of transformers")
     try:
         with _without_bar(transformers.utils.logging):
             model, report = kind.from_pretrained(

@@ -310,14 +310,14 @@ class Batches(Dataset[Batch]):
             ids = self.texts.qformer.batch(captions[own], self.texts.max_length)
         if self.texts.language is None:
             return Batch(images=images, image_ids=image_ids, ids=ids)
+        written = slice(own.start, own.start + math.ceil(self.lm_share * len(image_ids)))
         pairs = [
-            self.texts.pairs(sample, draw, (self.mixture.seed, "cut", step, row))
-            for row, (sample, draw) in enumerate(zip(samples, everyone, strict=True))
-        ][own]
-        pairs = pairs[: math.ceil(self.lm_share * len(pairs))]
+            self.texts.pairs(samples[row], everyone[row], (self.mixture.seed, "cut", step, row))
+            for row in range(written.start, written.stop)
+        ]
         owners = torch.tensor([row for row, texts in enumerate(pairs) for _ in texts])
         prompts, targets = self.texts.tokenize([pair for texts in pairs for pair in texts])
-        rows = list(zip(samples[own], everyone[own], strict=True))[: len(pairs)]
+        rows = zip(samples[written], everyone[written], strict=True)
         questions = self.texts.ids_of_questions([text for row in rows for text in self.texts.asked(*row)])
         return Batch(images, image_ids, ids, owners, prompts, targets, questions)
 
