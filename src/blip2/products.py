@@ -37,19 +37,22 @@ def by_halves(x: Tensor, sums: Callable[[Tensor], Tensor], *, one: bool = False)
     x = x.float()
     peak = x.abs().amax(1, keepdim=True)  # (M, 1); the norm takes 20 times as long
     fine = (peak / (INT8_END * HALVES)).clamp_(min=torch.finfo(torch.float32).tiny)  # a step of the second half
-    steps = x / fine
     if not one:
+        steps = x / fine
         both = torch.empty(2, *x.shape, device=x.device)  # in place: few rows take as long as their operations begin
         high, low = both.unbind(0)
         torch.div(steps, HALVES, out=high).round_()
         torch.sub(steps, high, alpha=HALVES, out=low).round_()
         first, second = sums(both.flatten(0, 1)).unflatten(0, (2, count)).unbind(0)
         return first.mul_(HALVES * fine).add_(second.mul_(fine))
-    high = (steps / HALVES).round_()
     mean = torch.linalg.vector_norm(x, 2, 1, keepdim=True) / x.shape[1] ** 0.5
     uneven = (peak > EVEN * mean)[:, 0].nonzero()[:, 0]
-    found = sums(torch.cat([high, steps[uneven].sub_(high[uneven], alpha=HALVES).round_()]))
-    return found[:count].mul_(HALVES * fine).index_add_(0, uneven, found[count:] * fine[uneven])
+    halves = torch.empty(count + len(uneven), x.shape[1], device=x.device)  # of many rows: fresh memory costs most
+    high, low = halves.split([count, len(uneven)])
+    torch.div(x, HALVES * fine, out=high).round_()
+    low.copy_((x[uneven] / fine[uneven]).sub_(high[uneven], alpha=HALVES)).round_()
+    found = sums(halves)
+    return found[:count].mul_(HALVES * fine).index_add_(0, uneven, found[count:].mul_(fine[uneven]))
 
 
 def plain_sums(numbers: Tensor, weight: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ class Cache(Protocol):
     """What a language model has read so far, one row a sequence.
 
     A cache that has `join(other)` too, and no `joins` that is False, takes the rows of another one in, after its own:
-    then finished texts' places are taken by waiting ones. Its rows count their positions, whenever they began.
+    then finished texts' places are taken by waiting ones. Its rows count their positions, whenever they began. One that
+    has `moved(rows)`, as `select`, is asked for that where the cache is not used any more.
     """
 
     def select(self, rows: Tensor) -> Self:

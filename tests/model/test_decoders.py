@@ -13,6 +13,7 @@ from torch import Tensor
 from blip2.adapters.transformers_lm import TransformersLM
 from blip2.config import GemmaConfig, OPTConfig, T5Config
 from blip2.errors import ConfigError, PromptError
+from blip2.model.cache import Cache
 from blip2.model.decoder import Decoder
 from blip2.model.gemma import Gemma
 from blip2.model.opt import OPT
@@ -121,10 +122,11 @@ def test_reading_and_writing_equal_transformers_whatever_rows_are_chosen_on_the_
     expected, their_cache = theirs.prefill(prefix, real)
     found, cache = ours.prefill(prefix, real)
     torch.testing.assert_close(found, expected, **CLOSE)
-    for _ in range(data.draw(st.integers(1, 8))):
-        if data.draw(st.booleans()):
+    for _ in range(data.draw(st.integers(1, 20))):  # past the room that a cache begins with
+        choose = data.draw(st.sampled_from([None, Cache.select, Cache.moved]))
+        if choose is not None:
             rows = torch.tensor(data.draw(st.lists(st.integers(0, len(found) - 1), min_size=1, max_size=5)))
-            cache, their_cache, found = cache.select(rows), their_cache.select(rows), found[rows]
+            cache, their_cache, found = choose(cache, rows), their_cache.select(rows), found[rows]
         ids = torch.tensor([data.draw(st.integers(0, VOCAB - 1)) for _ in found])
         expected, found = theirs.step(ids, their_cache), ours.step(ids, cache)
         torch.testing.assert_close(found, expected, **CLOSE)
@@ -140,6 +142,19 @@ def test_choosing_rows_leaves_the_cache_they_came_from_alone(pair: tuple[Transfo
         found = ours.step(torch.tensor([7, 8, 7]), chosen)
         expected = ours.step(torch.tensor([8, 9, 7]), cache)
         torch.testing.assert_close(found, expected[torch.tensor([2, 0, 2])], **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_that_move_go_to_and_fro_between_two_buffers(pair: tuple[TransformersLM, Model]):
+    _, ours = pair
+    _, cache = ours.prefill(prefixes(3, 5), torch.tensor([5, 2, 4]))
+    places: list[int] = []
+    for _ in range(4):
+        ours.step(torch.tensor([1, 2, 3]), cache)
+        places.append(next(cache.own.layers())[0].data_ptr())
+        cache = cache.moved(torch.tensor([1, 0, 0]))
+    assert places[:2] == places[2:]
+    assert places[0] != places[1]
 
 
 @pytest.mark.parametrize("common", [None, 1, 3])

@@ -120,7 +120,7 @@ class Batch:
 
 
 def _chosen(cache: Any, rows: Tensor, count: int) -> Any:
-    """The rows of a cache of so many; itself where they are all, in order."""
+    """The rows of a cache of so many, which is not used any more; itself where they are all, in order."""
     if len(rows) == count and torch.equal(rows, torch.arange(count, device=rows.device)):
         return cache
-    return cache.select(rows)
+    return getattr(cache, "moved", cache.select)(rows)

@@ -49,6 +49,10 @@ class Cache:
         """The rows in a new order, int64[N], some perhaps many times or not at all; what was read here stays."""
         return self._with([tier.select(rows) for tier in self.tiers], self.own.select(rows), self.starts[rows])
 
+    def moved(self, rows: Tensor) -> Cache:
+        """As `select`, where this cache is not used any more: see `Columns.moved`."""
+        return self._with([tier.select(rows) for tier in self.tiers], self.own.moved(rows), self.starts[rows])
+
     def join(self, other: Cache) -> Cache:
         """These rows and then those of another cache, which began at another time, with prompts of other lengths.
 

@@ -29,6 +29,7 @@ class Columns:
         self._ragged = False  # whether a row may begin after the first column
         self._devices: list[torch.device] = []  # of the layers
         self._buffers: dict[torch.device, Tensor] = {}  # float[its layers, 2, B, A, room, d]: keys, and values
+        self._spare: dict[torch.device, Tensor] = {}  # as large, what `moved` writes to
         self._views: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # of a layer, two to write and two to read
 
     @property
@@ -74,9 +75,23 @@ class Columns:
 
     def select(self, rows: Tensor) -> Columns:
         """The rows in a new order, int64[N], in memory of their own."""
+        return self._moved(rows, {})
+
+    def moved(self, rows: Tensor) -> Columns:
+        """As `select`, from columns that nobody reads any more: their memory is what the next move writes to.
+
+        Fresh memory at each step costs five times what moving the rows into it does: the system clears its pages.
+        """
+        new = self._moved(rows, self._spare)
+        new._spare = self._buffers
+        return new
+
+    def _moved(self, rows: Tensor, into: dict[torch.device, Tensor]) -> Columns:
         moved: dict[torch.device, Tensor] = {}
         for at, each in self._buffers.items():
-            moved[at] = each.new_empty(*each.shape[:2], len(rows), *each.shape[3:])
+            shape = (*each.shape[:2], len(rows), *each.shape[3:])
+            spare = into.get(at)
+            moved[at] = spare if spare is not None and spare.shape == shape else each.new_empty(shape)
             torch.index_select(self.filled(at), 2, rows.to(at), out=moved[at].narrow(4, 0, self.used))
         return self._with(self.births[rows], self.used, moved)
 
