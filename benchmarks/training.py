@@ -5,7 +5,7 @@
 Made-up features and captions of real lengths, the same batches on both sides, the sides in turn; each side's median.
 The image encoder is frozen and its features are given. Rows:
   stage1  a Q-Former of BERT-base's width and 4 layers, 32 queries, 257 patches of ViT-g, 16 pictures a batch
-  mini    mini's own Q-Former (6 layers of 384, 16 queries, 56 patches), 32 pictures a batch
+  mini    mini's own Q-Former (6 layers of 384, 16 queries, 31 patches), 32 pictures a batch
   stage2  the first of them, and an OPT of 4 layers of 768: 8 pictures with three texts each
 All three losses of stage 1 learn from every row. Ours takes the softmax over the 7,000 words in use, the plain step
 over the whole vocabulary. Then one step of ours is profiled: where the time goes.
@@ -60,7 +60,7 @@ ROWS: dict[str, tuple[Blip2Config, int, int]] = {  # configuration, pictures, pa
     "mini": (
         PRESETS["mini"].replace(language=None, qformer=dataclasses.replace(PRESETS["mini"].qformer, dropout=0.0)),
         32,
-        56,
+        31,
     ),
     "stage2": (Blip2Config(qformer=_QFORMER, language=_OPT), 8, 257),
 }
