@@ -135,7 +135,7 @@ def test_diversity_is_of_the_cosines_of_what_queries_say(bridge: Bridge, batch: 
     said = hidden - hidden.mean(0)
     pairs = [(one, two) for one in range(4) for two in range(4) if one != two]
     cosines = torch.stack([F.cosine_similarity(said[:, one], said[:, two], dim=-1) for one, two in pairs])
-    torch.testing.assert_close(loss, -0.5 * torch.log(1 - cosines.square() / 1.05).mean())
+    torch.testing.assert_close(loss, -0.5 * torch.log(1.001 - cosines.square()).mean())
 
 
 def test_diversity_keeps_queries_apart(batch: Batch):
@@ -165,7 +165,7 @@ def test_equal_queries_part(bridge: Bridge, batch: Batch):
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[0] > 2.3  # cosines of 0.975 and more
+    assert losses[0] > 3.0  # cosines of 0.975 and more
     assert losses[-1] < 0.5  # of 0.63 and less
 
 

@@ -24,7 +24,7 @@ from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.train.distributed import World
 
 LOSSES = ("itc", "itm", "itg", "diversity")  # of stage 1
-NEARLY_ONE = 0.05  # bounds the pull on queries that are almost one, which clipping would set above all other losses
+NEARLY_ONE = 1e-3  # keeps the diversity of equal queries finite
 MASKED = -1e4  # a similarity that softmax never draws, finite so that a row of nothing else stays a distribution
 
 
@@ -216,7 +216,7 @@ class Stage1(nn.Module):
         return total / self.world.mean(count)  # a token weighs the same on every rank
 
     def _diversity(self, look: Look) -> Tensor:
-        """How alike the queries are in what they say about an image: the mean of -log(1 - cosine^2 / 1.05) of any two.
+        """How alike the queries are in what they say about an image: the mean of -log(1 - cosine^2) of any two.
 
         Not of the paper. ITC rewards the best query alone, so nothing there keeps all of them from becoming it; a
         language model then reads one vector Q times. What every image has in common does not count. The logarithm
@@ -226,7 +226,7 @@ class Stage1(nn.Module):
         said = F.normalize(hidden - self.world.mean(hidden.mean(0)), dim=-1)  # (B, Q, D)
         one, other = torch.triu_indices(hidden.shape[1], hidden.shape[1], offset=1, device=hidden.device)
         cosines = (said[:, one] * said[:, other]).sum(-1)  # (B, Q (Q - 1) / 2)
-        return -torch.log1p(-cosines.square() / (1 + NEARLY_ONE)).sum() / max(1, cosines.numel())
+        return -torch.log1p(NEARLY_ONE - cosines.square()).sum() / max(1, cosines.numel())
 
 
 class Stage2(nn.Module):
