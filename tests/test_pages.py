@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2.bench.clock import anonymous
-from blip2.pages import release, release_unwritten, trim
+from blip2.pages import _CHOSEN, release, release_unwritten, trim
 from blip2.weights import transformers
 from blip2.weights.tensors import Safetensors
 
@@ -69,6 +73,36 @@ def test_what_was_freed_goes_back():
     trim()
     assert anonymous() < held - 2**25
     assert kept[0].sum() == 2**12
+
+
+FAULTS = """
+import resource, torch
+from blip2 import pages
+{}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def compute():
+    for side in range(3000, 4000, 200):
+        torch.ones(side, side)
+for _ in range(8):
+    before = faults()
+    compute()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have ways of their own")
+def test_what_is_kept_is_not_fetched_from_the_system_again():
+    pages = sum(4 * side**2 // mmap.PAGESIZE for side in range(3000, 4000, 200))
+
+    def faults(call: str, **chosen: str) -> int:
+        environment = {name: value for name, value in os.environ.items() if name not in _CHOSEN} | chosen
+        command = [sys.executable, "-c", FAULTS.format(call)]
+        return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+    assert faults("") > pages / 2
+    assert faults("pages.keep()") < pages / 100
+    assert faults("pages.keep()", MALLOC_TRIM_THRESHOLD_="1000000") > pages / 2
 
 
 def test_telling_a_checkpoint_from_another_leaves_no_page_behind(file: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,12 +130,13 @@ def of_readable(
 def open_model(
     name: str, device: str, dtype: str, quantize: str | None = None, calibration: Path | bool = True
 ) -> Blip2:
-    """`blip2.load`, with a word about it on a terminal."""
-    load = functools.partial(blip2.load, name, device=device, dtype=dtype, quantize=quantize, calibration=calibration)
-    if not sys.stderr.isatty():
-        return load()
-    with stderr().status(f"loading {name}"):
-        return load()
+    """`blip2.load`, with a word about it on a terminal; from then on this process keeps the memory it computes in."""
+    from blip2 import pages
+
+    with stderr().status(f"loading {name}") if sys.stderr.isatty() else nullcontext():
+        model = blip2.load(name, device=device, dtype=dtype, quantize=quantize, calibration=calibration)
+    pages.keep()
+    return model
 
 
 def fail(error: Exception) -> int:

@@ -32,10 +32,12 @@ def train(
     blip2 train finetune-caption start=mini data=photos.csv output=runs/caption
     ```
     """
+    from blip2 import pages
     from blip2.train.distributed import first_rank
     from blip2.train.loop import train as run
     from blip2.train.recipe import read
 
+    pages.keep()
     try:
         report = run(read(find_recipe(recipe), overrides or []))
     except KeyboardInterrupt as stop:
