@@ -64,7 +64,7 @@ def test_a_part_that_fits_the_hash_loads_and_another_does_not(tmp_path: Path) ->
     assert adapters.sha256(part) == expected
     adapters.language_model(PartConfig(part.name, width=16, sha256=expected))
     for check in (adapters.language_model, adapters.verify):
-        with pytest.raises(CheckpointError, match=f"{tmp_path.name}: its weights have the SHA-256 {expected}, .* f00"):
+        with pytest.raises(CheckpointError, match=f"{tmp_path.name}: its files have the SHA-256 {expected}, .* f00"):
             check(PartConfig(part.name, width=16, sha256="f00"))
 
 
@@ -80,7 +80,7 @@ def test_every_part_of_mini_is_known_by_its_width_and_verifies() -> None:
         adapters.verify(found)
         with pytest.raises(ConfigError, match=rf"{part.name}: .* width 7, but it has {part.width}"):
             load(PartConfig(part.name, width=7))
-        with pytest.raises(CheckpointError, match=f"{part.name}: its weights have the SHA-256"):
+        with pytest.raises(CheckpointError, match=f"{part.name}: its files have the SHA-256"):
             load(PartConfig(part.name, part.width, sha256="0" * 64))
 
 

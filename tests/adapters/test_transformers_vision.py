@@ -95,6 +95,9 @@ def test_a_language_model_is_no_image_encoder(tmp_path: Path) -> None:
         (None, "cannot be read .*save the image processor beside the model"),
         ({"rescale_factor": 1.0}, "rescale_factor 1.0 is not 1/255"),
         ({"image_std": [1, 1, 0]}, r"image_std\.2"),
+        ({"do_flip_channel_order": True}, "BGR"),
+        ({"do_rescale": False}, "not scaled"),
+        ({"size": {"height": 32, "width": 48}}, "no square"),
         ("[]", "no image processor's"),
     ],
 )
@@ -130,3 +133,18 @@ def test_its_weights_are_those_that_the_model_was_trained_with(tmp_path: Path) -
         adapters.image_encoder(PartConfig(part.name, part.width, sha256="0" * 64))
     with pytest.raises(ConfigError, match="width 7, but it has 16"):
         adapters.image_encoder(PartConfig(part.name, 7))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PIXELS | {"image_mean": [0, 0, 0]}))
+    with pytest.raises(CheckpointError, match="but the model was trained with"):
+        adapters.image_encoder(known)
+
+
+def test_a_processor_s_cut_counts_where_it_cuts_and_null_says_nothing(tmp_path: Path) -> None:
+    part = _write(tmp_path, ENCODERS["vit"][0]())
+    file = tmp_path / "preprocessor_config.json"
+    cut = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 16}, "do_normalize": None}
+    file.write_text(json.dumps(PIXELS | cut))
+    encoder = adapters.image_encoder(part)
+    assert (encoder.image_size, encoder.mean) == (32, (0.5, 0.4, 0.3))
+    file.write_text(json.dumps(PIXELS | cut | {"do_center_crop": False}))
+    with pytest.raises(ConfigError, match="does not take 16 x 16 pixels"):
+        adapters.image_encoder(part)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import tiny
 import tokenizers
 import transformers
 
 import blip2
 from blip2 import explain
+from blip2.errors import ConfigError
 from blip2.train.loop import train
 from blip2.train.recipe import parse
 
@@ -61,6 +63,10 @@ def test_both_stages_with_parts_of_transformers_and_the_model_is_loaded_again(sh
     common = {"model": model, "steps": 1, "batch_size": 4, "features": {"cache": str(tmp_path / "features")}}
     train(parse(tiny.recipe(shapes, tmp_path / "one", **common)))
     train(parse(tiny.recipe(shapes, tmp_path / "two", **common, stage=2, start=str(tmp_path / "one"))))
+    write_encoder(tmp_path / "other")  # of the same shape
+    common["model"] = {**model, "vision": {"name": f"transformers:{tmp_path / 'other'}", "width": WIDTH}}
+    with pytest.raises(ConfigError, match=r"model\.vision: .*other has the SHA-256 .*was trained on one of"):
+        train(parse(tiny.recipe(shapes, tmp_path / "three", **common, stage=2, start=str(tmp_path / "one"))))
     found = blip2.load(tmp_path / "two" / "model", device="cpu", dtype="float32")
     picture = next(shapes.parent.rglob("*.png"))
     assert set(found.caption(picture, max_new_tokens=4).split()) <= set(tiny.WORDS)

@@ -119,7 +119,7 @@ def _find(name: str, table: Mapping[str, _T], kind: str) -> _T:
 def _check_hash(part: PartConfig) -> None:
     if part.sha256 and (found := sha256(part)) != part.sha256:
         raise CheckpointError(
-            f"{part.name}: its weights have the SHA-256 {found}, but the model was trained with {part.sha256}; "
+            f"{part.name}: its files have the SHA-256 {found}, but the model was trained with {part.sha256}; "
             f"install the version that the model's card names"
         )
 

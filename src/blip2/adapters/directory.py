@@ -70,13 +70,13 @@ def load_encoder(directory: Path) -> TransformersVision:
 
 
 def weights(directory: Path) -> list[Path]:
-    """The files that decide what this part computes.
+    """The files that decide what this part computes: its weights, and what its image processor saved.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are no weights.
     """
     if files := sorted(directory.glob("*.safetensors")):
-        return files
+        return [*files, *(directory / name for name in PROCESSORS if (directory / name).is_file())]
     raise CheckpointError(f"{directory}: no *.safetensors here; save the model with save_pretrained first")
 
 
@@ -94,6 +94,8 @@ class _Processor(BaseModel):
 
     image_mean: tuple[float, float, float] = PLAIN[0]
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = PLAIN[1]
+    do_center_crop: bool = True
+    do_flip_channel_order: bool = False
     do_normalize: bool = True
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
@@ -103,7 +105,7 @@ class _Processor(BaseModel):
     @property
     def side(self) -> int | None:
         """Of the square that pictures are cut to, or resized to where they are not cut."""
-        for size in (self.crop_size, self.size):
+        for size in (self.crop_size if self.do_center_crop else None, self.size):
             found = (size.get("height") or size.get("shortest_edge")) if isinstance(size, dict) else size
             if found is not None and 0 < found <= LARGEST_SIDE:
                 return found
@@ -115,7 +117,8 @@ def _processor(directory: Path) -> _Processor:
     place = next((directory / name for name in PROCESSORS if (directory / name).is_file()), directory / PROCESSORS[0])
     try:
         values = json.loads(place.read_bytes())
-        found = _Processor.model_validate(values.get("image_processor", values))
+        values = values.get("image_processor", values)
+        found = _Processor.model_validate({key: value for key, value in values.items() if value is not None})
     except OSError as error:
         raise CheckpointError(
             f"{place}: cannot be read ({error.strerror}); save the image processor beside the model, which says how "
@@ -125,8 +128,13 @@ def _processor(directory: Path) -> _Processor:
         raise CheckpointError(f"{place}: {describe(error)}") from None
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{place}: is no image processor's: {error}") from None
-    if found.do_rescale and not math.isclose(found.rescale_factor, 1 / 255, rel_tol=1e-3):
+    if found.do_flip_channel_order or not found.do_rescale:
+        raise CheckpointError(f"{place}: pixels in the order BGR, or not scaled to 0..1, are not known here")
+    if not math.isclose(found.rescale_factor, 1 / 255, rel_tol=1e-3):
         raise CheckpointError(f"{place}: rescale_factor {found.rescale_factor} is not 1/255; normalise by mean and std")
+    for size in (found.size, found.crop_size):
+        if isinstance(size, dict) and size.get("height") != size.get("width"):
+            raise CheckpointError(f"{place}: {size} is no square, and pictures are cut to squares here")
     return found
 
 

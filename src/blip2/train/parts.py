@@ -29,6 +29,7 @@ from blip2.train.saving import Outcome
 from blip2.train.start import (
     Start,
     begin_projection,
+    check_encoder,
     earlier_words,
     find_start,
     model_config,
@@ -150,6 +151,8 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     if parts is None and start is not None and start.whole:
         model = open_start(start, config, torch.float32 if exact else half)
     parts = settled(parts or named_parts(config, model), recipe, device, half, exact=exact)
+    if start is not None:
+        check_encoder(start, config, parts.digest)
     texts = make_texts(recipe, config, parts)
     data = [read_data(source, recipe, config, parts.encoder(), parts.digest) for source in recipe.data]
     bridge = start_bridge(config, start, model, parts.text).to(device)

@@ -25,7 +25,7 @@ class Source(Section):
         format: `auto` tells them apart. `webdataset` is shards, `coco` its JSON, `karpathy` that of his splits, `table`
             a CSV or JSON lines with the columns image and caption, `folder` one with a .txt beside each picture,
             `classes` names of the encoder's classes.
-        split: `train`, `dev` or `test`, where the format has such.
+        split: `train`, `val` or `test`, where the format has such; of a COCO folder such as `train2017`.
         questions: JSON lines of id and questions, which join the pictures of these ids: the key in a shard, the column
             `id` of a table or else the picture's name, the path without suffix in a folder.
         images: folder of the pictures that a .json names, where it does not lie in it.

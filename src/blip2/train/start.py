@@ -159,7 +159,6 @@ def start_bridge(config: Blip2Config, start: Start | None, model: Blip2 | None, 
         if config.text is not None:
             start_from_bert(bridge.qformer, text().weights)
         return bridge
-    _check_encoder(start, config)
     earlier = model.bridge if model else _earlier(start, config, text)
     state, own = earlier.state_dict(), bridge.state_dict()
     for what, place in (("language projection", "language_projection."), ("word head", "heads.words.")):
@@ -173,16 +172,31 @@ def start_bridge(config: Blip2Config, start: Start | None, model: Blip2 | None, 
     return bridge
 
 
-def _check_encoder(start: Start, config: Blip2Config) -> None:
-    """Refuse an image encoder that the start's bridge has never seen, which only its width would tell."""
+def check_encoder(start: Start, config: Blip2Config, digest: Callable[[PartConfig], str]) -> None:
+    """Refuse an image encoder that the start's bridge has never seen, which no shape would tell.
+
+    Args:
+        digest: SHA-256 of a part on this machine.
+    Raises:
+        ConfigError: it is another, or has other weights.
+    """
     theirs, ours = start.config.vision, config.vision
-    if not isinstance(theirs, PartConfig) or not isinstance(ours, PartConfig):
-        return
+    if not isinstance(ours, PartConfig):
+        return  # it comes with the start
+    if not isinstance(theirs, PartConfig):
+        raise ConfigError(
+            f"model.vision: {ours.name}, but {start.directory} was trained on a ViT of its own; leave it out of `model`"
+        )
     moved = theirs.name.startswith(DIRECTORY) and ours.name.startswith(DIRECTORY)
     if theirs.name != ours.name and not moved:
         raise ConfigError(
             f"model.vision: {ours.name}, but {start.directory} was trained on {theirs.name}; leave the preset out of "
-            f"`model`, or write model.vision.name={theirs.name}"
+            f"`model`, or write 'model.vision={{name: {theirs.name}, width: {theirs.width}}}'"
+        )
+    if theirs.sha256 and (found := digest(ours)) != theirs.sha256:
+        raise ConfigError(
+            f"model.vision: {ours.name} has the SHA-256 {found}, but {start.directory} was trained on one of "
+            f"{theirs.sha256}; name that one, or begin without `start`"
         )
 
 
