@@ -29,7 +29,7 @@ class Columns:
         self._ragged = False  # whether a row may begin after the first column
         self._devices: list[torch.device] = []  # of the layers
         self._buffers: dict[torch.device, Tensor] = {}  # float[its layers, 2, B, A, room, d]: keys, and values
-        self._spare: dict[torch.device, Tensor] = {}  # as large, what `moved` writes to
+        self._spare: dict[torch.device, Tensor] = {}  # of the same rows, what `moved` writes to
         self._views: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # of a layer, two to write and two to read
 
     @property
@@ -83,7 +83,8 @@ class Columns:
         Fresh memory at each step costs five times what moving the rows into it does: the system clears its pages.
         """
         new = self._moved(rows, self._spare)
-        new._spare = self._buffers
+        if len(rows) == len(self.births):  # else no later move has their shape
+            new._spare = self._buffers
         return new
 
     def _moved(self, rows: Tensor, into: dict[torch.device, Tensor]) -> Columns:

@@ -51,7 +51,8 @@ class QuantLinear(nn.Module, ABC):
         wanted = torch.is_grad_enabled() and x.requires_grad
         out = self._plainly(rows) if wanted else self.product(rows)  # (M, N)
         if self.bias is not None:
-            in_place = not wanted and out.dtype == torch.result_type(out, self.bias)
+            learned = torch.is_grad_enabled() and self.bias.requires_grad
+            in_place = not (wanted or learned) and out.dtype == torch.result_type(out, self.bias)
             out = out.add_(self.bias) if in_place else out + self.bias
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
