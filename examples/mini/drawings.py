@@ -36,6 +36,7 @@ _RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 _TEXTS = ("title", "description")
 _SEVERAL = frozenset(LEXICON["company"])
 _BETWEEN = r" (?:in|with|of|on|at|behind|for) "
+_ONE = ("ss", "us", "is", "as", "lens")  # ends of words that are not many for all their s
 _VOWEL = r"(?!uni|us|eu|one)[aeiou]"  # as it is spoken
 _LARGEST = 2**24  # pixels; a few drawings have hundreds of millions
 _EMOJI = (range(0x2600, 0x27C0), range(0x1F300, 0x1FB00))
@@ -160,7 +161,7 @@ def with_article(name: str, wordnet: WordNet) -> str:
     """`an old truck`, `a unicorn`; what is many has none: `red cherries`, `sunglasses`."""
     words = re.split(_BETWEEN, name)[0].split()
     last = words[-1]
-    many = wordnet.lemma(last) not in (None, last) or (last.endswith("s") and not last.endswith(("ss", "us", "is")))
+    many = wordnet.lemma(last) not in (None, last) or (last.endswith("s") and not last.endswith(_ONE))
     if many or words[0] in _SEVERAL or " and " in name:
         return name
     return f"{'an' if re.match(_VOWEL, name) else 'a'} {name}"
