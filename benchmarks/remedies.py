@@ -24,7 +24,7 @@ from blip2.data import sources
 from blip2.data.sources import Sample
 from blip2.evaluate import answering, run
 from blip2.loading import load
-from blip2.results import ImageFeatures
+from blip2.results import Generation, ImageFeatures
 
 CAPTIONS: dict[str, dict[str, Any]] = {
     "five beams (the default)": {},
@@ -65,7 +65,9 @@ def captions(model: Blip2, features: ImageFeatures, samples: Sequence[Sample]) -
 def objects(model: Blip2, features: ImageFeatures, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
     """Writing several captions and keeping one; and keeping captions that the model itself finds fitting."""
     for name, options in SEVERAL.items():
-        written: list[list[str]] = model.caption(features, **options)
+        found: list[list[Generation]] = model.caption(features, **options, details=True)
+        written = [[text.text for text in row] for row in found]
+        sure = np.array([row[0].confidence for row in found])
         itc, itm = fits(model, features, written)
         yield judged(f"{name}: the first", [row[0] for row in written], samples)
         ways = {"cosine": itc, "matching logit": itm, "cosine + 0.05 matching logit": itc + 0.05 * itm}
@@ -73,9 +75,11 @@ def objects(model: Blip2, features: ImageFeatures, samples: Sequence[Sample]) ->
             best = [row[place] for row, place in zip(written, score.argmax(1).tolist(), strict=True)]
             yield judged(f"{name}: the highest {way}", best, samples)
         first = [row[0] for row in written]
-        for way, score in (("cosine", itc), ("matching logit", itm)):
-            kept = np.argsort(-score[:, 0])[: len(samples) // 2].tolist()
-            yield judged(f"{name}: the first, where its {way} is in the upper half", *_pick(first, samples, kept))
+        for way, score in (("confidence", sure), ("cosine", itc[:, 0]), ("matching logit", itm[:, 0])):
+            order = np.argsort(-score).tolist()
+            halves = {"upper": order[: len(order) // 2], "lower": order[len(order) // 2 :]}
+            for half, kept in halves.items():
+                yield judged(f"{name}: the first, where its {way} is in the {half} half", *_pick(first, samples, kept))
 
 
 def fits(model: Blip2, features: ImageFeatures, written: list[list[str]]) -> tuple[Any, Any]:

@@ -37,6 +37,7 @@ from blip2.errors import Blip2Error
 
 SPLITS = ("train", "val", "test")
 PER_SHARD = 1250
+HELD_OUT = 0.2  # of the things that are drawn; photographs and stamps may show them
 GROUNDS_EACH = 2  # coloured grounds a training stamp is shown on, beside white
 
 
@@ -145,7 +146,7 @@ def prepare_stamps(arguments: argparse.Namespace) -> None:
 
 
 def prepare_drawings(arguments: argparse.Namespace) -> None:
-    """Clip art and emoji for training, without what the stamps hold out."""
+    """Clip art and emoji for training, without what the stamps hold out; some things of them for measuring."""
     wordnet = WordNet(arguments.wordnet)
     held_out = frozenset((arguments.stamps / "held-out-names.txt").read_text().split())
     images = arguments.out / "images"
@@ -155,8 +156,12 @@ def prepare_drawings(arguments: argparse.Namespace) -> None:
     rows = [*clip_art, *emoji]
     leaked = {text for row in rows for text in row["captions"] if held_out & set(wordnet.nouns(text))}
     assert not leaked, f"held-out names in training texts: {sorted(leaked)}"
-    write_jsonl(arguments.out / "train.jsonl", rows)
-    print(f"{len(clip_art)} drawings of clip art, {len(emoji)} emoji")
+    things = {row["noun"] for row in rows if share(arguments.seed, "drawing", row["noun"]) < HELD_OUT}
+    train = [row for row in rows if row["noun"] not in things]
+    unseen = things - {noun for row in train for noun in wordnet.nouns(row["captions"][0])}
+    write_jsonl(arguments.out / "train.jsonl", train)
+    held = write_jsonl(arguments.out / "held-out.jsonl", (row for row in rows if row["noun"] in unseen))
+    print(f"{len(clip_art)} drawings of clip art, {len(emoji)} emoji; train: {len(train)}, held out: {held}")
 
 
 def imagenet_classes() -> tuple[dict[int, list[str]], dict[int, int]]:
@@ -185,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--out", type=Path, required=True, help="folder to write to, outside of the repository")
         if shards:
             added.add_argument("--shards", type=Path, required=True, help="folder of the prepared Flickr8k shards")
+        if shards or source:
             added.add_argument("--seed", type=int, default=0, help="of the fixed hash that all draws go by (0)")
         if not shards or source is not None:
             shown = f"where the original is ({source})" if source else "folder of the official distribution"

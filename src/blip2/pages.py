@@ -67,11 +67,12 @@ def keep() -> None:
     """From now on what is freed stays with this process, glibc's allocator willing, until `trim`.
 
     Otherwise every large piece comes from the system and goes back to it: a fifth to two fifths of the time of mini's
-    image encoder. It is for a process of our own, after loading; one that only imports us, or whose environment
-    chooses, stays as it is.
+    image encoder. It is for a process of our own, after loading or before a long run; one that only imports us, or
+    whose environment chooses, stays as it is.
     """
     if (call := _system("mallopt")) is not None and not any(name in os.environ for name in _CHOSEN):
-        call(_MMAP_THRESHOLD, 2**31 - 1)
+        if not call(_MMAP_THRESHOLD, 2**31 - 1):
+            call(_MMAP_THRESHOLD, 2**25)  # the most that glibc takes before 2.35
         call(_TRIM_THRESHOLD, -1)  # never
 
 

@@ -108,9 +108,9 @@ class Classifier:
 
 
 def own_templates(model: Blip2) -> tuple[str, ...]:
-    """`TEMPLATES`; or the bare label where a text's vector is the mean of its words, which a template thins out.
+    """`TEMPLATES`; or the bare label where a text's vector is the mean of its words, those of a template among them.
 
-    On `mini`, whose is such a mean, they lost more than they gained: docs/matching.md.
+    On `mini`, whose is such a mean, they gain nothing: docs/matching.md.
     """
     return TEMPLATES if model.config.qformer.text_pooling == "cls" else BARE
 

@@ -143,14 +143,20 @@ def test_what_is_missing_says_what_to_install(tmp_path: Path, wordnet: WordNet):
 def test_the_command_writes_rows_that_train(
     clip_art: Path, wordnet: WordNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(prepare, "read_emoji", lambda _: [Drawing("emoji-1", "frog", "", square())])
+    emoji = [Drawing(f"emoji-{name}", name, "", square()) for name in ("frog", "apple frog", "key")]
+    monkeypatch.setattr(prepare, "read_emoji", lambda _: emoji)
+    monkeypatch.setattr(prepare, "HELD_OUT", 0.5)  # apple and key, of which a frog that is trained on names one
     held, out = tmp_path / "stamps", tmp_path / "out"
     held.mkdir()
     (held / "held-out-names.txt").write_text("lion\n")
     options = ["--source", str(clip_art), "--stamps", str(held), "--wordnet", str(wordnet.root), "--out", str(out)]
     prepare.main(["drawings", *options])
-    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    assert sorted(row["noun"] for row in rows) == ["apple", "cherry", "dog", "frog"]
+    rows, held_out = (
+        [json.loads(line) for line in (out / name).read_text().splitlines()]
+        for name in ("train.jsonl", "held-out.jsonl")
+    )
+    assert sorted(row["noun"] for row in rows) == ["cherry", "dog", "frog", "frog"]
+    assert [row["noun"] for row in held_out] == ["key"]
     samples = sources.read(str(out / "train.jsonl"))
     assert [sample.id for sample in samples] == [row["id"] for row in rows]
     assert all(sample.captions for sample in samples)

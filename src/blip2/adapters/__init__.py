@@ -84,7 +84,7 @@ def text_part(part: PartConfig) -> TextPart:
 
 
 def sha256(part: PartConfig) -> str:
-    """Of the weights that this part has on this machine.
+    """Of the files that this part has on this machine.
 
     Raises:
         ConfigError, MissingExtraError, CheckpointError: as `image_encoder`.

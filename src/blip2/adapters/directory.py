@@ -70,13 +70,14 @@ def load_encoder(directory: Path) -> TransformersVision:
 
 
 def weights(directory: Path) -> list[Path]:
-    """The files that decide what this part computes: its weights, and what its image processor saved.
+    """The files that a part is known by: its weights, and what its image processor saved, if it has one.
 
     Raises:
         CheckpointError: there are no weights.
     """
     if files := sorted(directory.glob("*.safetensors")):
-        return [*files, *(directory / name for name in PROCESSORS if (directory / name).is_file())]
+        processors = [directory / name for name in PROCESSORS if (directory / name).is_file()]
+        return files + processors[:1]
     raise CheckpointError(f"{directory}: no *.safetensors here; save the model with save_pretrained first")
 
 

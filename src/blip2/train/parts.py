@@ -56,7 +56,7 @@ class Parts:
         encoder: the image encoder.
         text: what the Q-Former starts from: tokenizer, word embeddings and weights.
         language: the language model and its tokenizer.
-        digest: SHA-256 of a named part's weights.
+        digest: SHA-256 of a named part's files.
     """
 
     encoder: Callable[[], ImageEncoder]

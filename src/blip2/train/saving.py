@@ -25,7 +25,7 @@ class Outcome:
 
     Attributes:
         start: what training began from: what is not saved stays there, and its own adapter comes along.
-        digest: SHA-256 of a named part's weights.
+        digest: SHA-256 of a named part's files.
         vision: the image encoder where it is saved with the model.
         lora: the adapter that was trained.
         vocabulary: int64[K], sorted: the tokens that the bridge was trained to write, all where None.
