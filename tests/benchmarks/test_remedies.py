@@ -56,7 +56,7 @@ def test_the_command_measures_every_remedy(
     remedies.main()
     found = json.loads((tmp_path / "out.json").read_text())
     assert [row["way"] for row in found["captions"]] == ["greedy"]
-    assert len(found["objects"]) == 12
+    assert len(found["objects"]) == 20
     assert {row["kind"] for row in found["answers"]} == {"yes/no", "color", "how many"}
     assert all(0 <= row["accuracy"] <= 1 for row in found["answers"])
     assert "| yes/no | `choices=`, three phrasings |" in capsys.readouterr().out

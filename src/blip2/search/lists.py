@@ -23,7 +23,7 @@ from blip2.search.store import Rest, Segment
 
 CELLS_PER_ROOT = 2  # cells: so many times the square root of the number of vectors
 TRAINING = 40  # vectors a cell that its place is learned from; FAISS asks for 39
-PROBES = 32  # cells that are looked into; what lies in others, the sketch finds
+PROBES = 16  # cells that are looked into; what lies in others, the sketch finds
 ADDED = 4096  # images in memory at once
 
 

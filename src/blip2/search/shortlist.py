@@ -25,7 +25,7 @@ from blip2.search.nearest import Query
 from blip2.search.sketch import Sketch
 from blip2.search.store import Collection, Rest, Segment, Shortlist, Store
 
-SCAN_LIMIT = 160_000  # vectors that are compared one by one within 20 ms: 5,000 images of 32, 10,000 of 16
+SCAN_LIMIT = 80_000  # vectors that are compared one by one within 20 ms: 2,500 images of 32, 5,000 of 16
 GROWTH = 4  # what was learned from the vectors is learned anew when there are so many times as many
 
 C = TypeVar("C", bound="Candidates")

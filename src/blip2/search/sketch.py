@@ -10,6 +10,7 @@ Letters: N images, Q queries an image, E width of the image-text space, W direct
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from blip2.search.store import Rest, Segment
 DIRECTIONS = 128  # numbers an image; docs/search.md has what they find
 SAMPLE = 2048  # images that the directions are learned from
 DEPTH = 512  # candidates
-BLOCK = 8192  # images that are turned to float32 at once; measured
+BLOCK = 8192  # images that are multiplied at once; measured
 
 
 class Sketch:
@@ -73,10 +74,16 @@ class Sketch:
                 components.append((vectors @ self._directions).half())
             serials.append(torch.from_numpy(segment.serials[rows]))
         self._components, self._serials = torch.cat(components), torch.cat(serials)
+        self.__dict__.pop("_plain", None)
+
+    @cached_property
+    def _plain(self) -> Tensor:
+        """The components in float32, which every search would make of them anew."""
+        return self._components.float()
 
     def near(self, query: Query, queries: int, wanted: NDArray[np.int64] | None, k: int) -> NDArray[np.int64]:
         asked = (_laid_out(query, queries) @ self._directions).T  # (W, J)
-        found = torch.cat([(block.float() @ asked).amax(1) for block in self._components.split(BLOCK)])  # (N,)
+        found = torch.cat([(block @ asked).amax(1) for block in self._plain.split(BLOCK)])  # (N,)
         serials = self._serials
         if wanted is not None:
             rows = torch.searchsorted(serials, torch.from_numpy(wanted))
