@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_the_plain_weights(scheme: quantize.Scheme):
     assert x.grad is not None
     y = activations(5).requires_grad_()
     F.linear(y, weights(layer), layer.bias).square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-3)  # some 800 large; summed in pieces
 
 
 def test_int4_takes_int8_where_its_groups_do_not_fit():

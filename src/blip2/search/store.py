@@ -37,6 +37,7 @@ FORMAT_VERSION = 2  # of the folder; 1 was a single file
 MANIFEST = "blip2-index.json"
 SEGMENT_BYTES = 256 << 20  # segments are merged up to this
 OWN_SUFFIXES = (".safetensors", ".faiss", ".partial")
+HALF_WRITTEN = ".tmp"  # what safetensors calls a file before it is whole begins so
 
 _log = logging.getLogger(__name__)
 
@@ -280,7 +281,8 @@ class Store:
         named = {segment.name for segment in collection.segments}
         named |= {known.name for known in (collection.shortlist, collection.sketch) if known}
         for path in self.directory.iterdir():
-            if path.suffix in OWN_SUFFIXES and path.name not in named:
+            own = path.suffix in OWN_SUFFIXES or path.name.startswith(HALF_WRITTEN)
+            if own and path.name not in named:
                 with suppress(OSError):  # still mapped by a reader, where the system minds: the next writer's
                     path.unlink()
 
