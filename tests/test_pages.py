@@ -100,10 +100,9 @@ def test_what_is_kept_is_not_fetched_from_the_system_again():
     pages = sum(4 * side**2 // mmap.PAGESIZE for side in range(3000, 4000, 200))
 
     def faults(call: str, **chosen: str) -> int:
-        environment = {name: value for name, value in os.environ.items() if name not in (*_CHOSEN, "LD_PRELOAD")}
-        environment |= chosen
+        plain = {name: value for name, value in os.environ.items() if name not in (*_CHOSEN, "LD_PRELOAD")}
         command = [sys.executable, "-c", FAULTS.format(call)]
-        return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+        return int(subprocess.run(command, env=plain | chosen, check=True, capture_output=True, text=True).stdout)
 
     assert faults("") > pages / 2
     assert faults("pages.keep()") < pages / 100

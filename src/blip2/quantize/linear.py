@@ -48,11 +48,11 @@ class QuantLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # (M, K)
-        wanted = torch.is_grad_enabled() and x.requires_grad
-        out = self._plainly(rows) if wanted else self.product(rows)  # (M, N)
+        recorded = torch.is_grad_enabled()
+        out = self._plainly(rows) if recorded and x.requires_grad else self.product(rows)  # (M, N)
         if self.bias is not None:
-            learned = torch.is_grad_enabled() and self.bias.requires_grad
-            in_place = not (wanted or learned) and out.dtype == torch.result_type(out, self.bias)
+            learned = recorded and (x.requires_grad or self.bias.requires_grad)
+            in_place = not learned and out.dtype == torch.result_type(out, self.bias)
             out = out.add_(self.bias) if in_place else out + self.bias
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
