@@ -18,7 +18,8 @@ from blip2.config import PromptConfig
 from blip2.data.sources import ImageRef, Prototype, Sample
 from blip2.errors import DataError
 from blip2.text import Tokenizer, plain
-from blip2.train.data import Batches, Draw, Mixture, Pixels, Texts
+from blip2.train.data import Batches, Draw, Mixture, Texts
+from blip2.train.pixels import Pixels
 
 WORDS = [
     "[PAD]",

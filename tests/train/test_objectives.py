@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from blip2.config import Blip2Config, PartConfig, QFormerConfig, VisionConfig
 from blip2.model.bridge import Bridge
+from blip2.model.qformer import Look
 from blip2.train.objectives import Batch, Stage1, Stage2, alike, thinned
 
 QFORMER = QFormerConfig(
@@ -132,10 +133,11 @@ def test_diversity_is_of_the_cosines_of_what_queries_say(bridge: Bridge, batch: 
     loss = Stage1(bridge, weights={"diversity": 0.5})(batch, 0)["diversity"]
 
     hidden = bridge.look(bridge.see(batch.images)).hidden
-    said = hidden - hidden.mean(0)
+    silence = 0.25 * hidden.norm(dim=-1, keepdim=True)
+    said = torch.cat([hidden - hidden.mean(0), silence], dim=-1)
     pairs = [(one, two) for one in range(4) for two in range(4) if one != two]
     cosines = torch.stack([F.cosine_similarity(said[:, one], said[:, two], dim=-1) for one, two in pairs])
-    torch.testing.assert_close(loss, -0.5 * torch.log(1.001 - cosines.square()).mean())
+    torch.testing.assert_close(loss, -0.5 * torch.log(1.001 - cosines.square()).mean(), rtol=1e-4, atol=0)
 
 
 def test_diversity_keeps_queries_apart(batch: Batch):
@@ -167,6 +169,24 @@ def test_equal_queries_part(bridge: Bridge, batch: Batch):
         optimizer.step()
     assert losses[0] > 3.0  # cosines of 0.975 and more
     assert losses[-1] < 0.5  # of 0.63 and less
+
+
+def test_queries_that_say_the_same_of_every_image_are_no_different_ones(bridge: Bridge):
+    """What they differ by there is nothing, however it points; it was once scaled up, and most queries fell silent."""
+
+    def alike(hidden: torch.Tensor) -> tuple[float, float]:
+        hidden.requires_grad_(True)
+        loss = Stage1(bridge, weights={"diversity": 1.0})._diversity(Look(hidden, (), ()))  # pyright: ignore[reportPrivateUsage]
+        loss.backward()
+        return loss.item(), hidden.grad.norm().item()
+
+    torch.manual_seed(0)
+    constant, apart = torch.randn(1, 4, 16), torch.randn(50, 4, 16)
+    silent, silent_pull = alike(constant + 1e-4 * apart)
+    telling, telling_pull = alike(constant + apart)
+    assert silent > 6 > 1 > telling
+    assert silent_pull > 1e-6, "there is a way out of it"
+    assert max(silent_pull, telling_pull) < 1, "and nothing that is small is divided by"
 
 
 def test_a_step_of_training_does_not_see_all_patches(bridge: Bridge, batch: Batch):

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blip2 import image
 from blip2.config import PromptConfig
-from blip2.data.sources import ImageRef, Prototype, Sample
-from blip2.errors import DataError, ImageError
+from blip2.data.sources import Prototype, Sample
+from blip2.errors import DataError
 from blip2.text import Tokenizer, pad, plain
 from blip2.train.draws import draw_seed
 from blip2.train.objectives import Batch
@@ -256,6 +254,11 @@ class Texts:
         targets = pad([[*row, stop][: self.max_length] for row in rows], -100)
         return tuple(tuple(prompt) for prompt in self.language.prompts([prompt for prompt, _ in pairs])), targets
 
+    def references(self, sample: Sample) -> tuple[tuple[int, ...], ...]:
+        """A picture's captions, whole, as targets without padding."""
+        _, targets = self.tokenize([(self.prompts.caption, plain(caption)) for caption in sample.captions])
+        return tuple(tuple(row[row != -100].tolist()) for row in targets)
+
 
 class Batches(Dataset[Batch]):
     """`batches[step]` is this rank's rows of a step: for `DataLoader(batches, batch_size=None, sampler=range(...))`.
@@ -264,6 +267,7 @@ class Batches(Dataset[Batch]):
         images: one for each source of the mixture, such as `FeatureCache.patches` or `Pixels`.
         batch_size: rows of all ranks together; ranks hold consecutive parts of it.
         lm_share: share of a rank's rows, the first of them, that have texts for the language model.
+        reward_share: share of them whose captions come along as references.
     Raises:
         DataError: the batch cannot be shared evenly, or a source has no captions where stage 1 needs them.
     """
@@ -276,6 +280,7 @@ class Batches(Dataset[Batch]):
         batch_size: int,
         *,
         lm_share: float = 1.0,
+        reward_share: float = 0.0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -283,15 +288,16 @@ class Batches(Dataset[Batch]):
             raise DataError(f"{len(mixture.sources)} sources, but images for {len(images)}")
         if batch_size < 1 or batch_size % world:
             raise DataError(f"a batch of {batch_size} cannot be shared by {world} ranks; choose a multiple of {world}")
-        if texts.qformer is not None:
+        if texts.qformer is not None or reward_share:
             for sample in (sample for samples in mixture.sources for sample in samples):
                 if not sample.captions:
-                    raise DataError(f"{sample.id!r} has no caption; stage 1 needs one for every picture")
+                    raise DataError(f"{sample.id!r} has no caption; stage 1 and rewards need one for every picture")
         self.mixture = mixture
         self.images = images
         self.texts = texts
         self.batch_size = batch_size
         self.lm_share = lm_share
+        self.reward_share = reward_share
         self.rank = rank
         self.world = world
 
@@ -319,7 +325,9 @@ class Batches(Dataset[Batch]):
         prompts, targets = self.texts.tokenize([pair for texts in pairs for pair in texts])
         rows = zip(samples[written], everyone[written], strict=True)
         questions = self.texts.ids_of_questions([text for row in rows for text in self.texts.asked(*row)])
-        return Batch(images, image_ids, ids, owners, prompts, targets, questions)
+        rewarded = samples[own][: math.ceil(self.reward_share * len(image_ids))]
+        references = tuple(self.texts.references(sample) for sample in rewarded)
+        return Batch(images, image_ids, ids, owners, prompts, targets, questions, references)
 
     def _pictures(self, draws: Sequence[Draw]) -> Tensor:
         """Images of the rows, float32, each source asked once."""
@@ -349,49 +357,3 @@ def _same(images: Sequence[object], captions: Sequence[str]) -> list[int]:
         for key in keys:
             first.setdefault(key, row)
     return numbers
-
-
-class Pixels:
-    """Pictures opened when they are needed, for training with an encoder that sees each one anew.
-
-    Args:
-        transform: RGB pictures to float[B, 3, H, W], such as `image.Transform`.
-        augment: a picture and a seed to float[3, H, W], such as `image.RandomView`; for views from 1 on.
-    Raises:
-        DataError: a sample has no picture (a class prototype).
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        transform: Callable[[Sequence[Any]], Tensor],
-        augment: Callable[[Any, int], Tensor] | None = None,
-    ) -> None:
-        self.refs: list[ImageRef] = []
-        for sample in samples:
-            if isinstance(sample.image, Prototype):
-                raise DataError(f"{sample.id!r} is a class prototype, without a picture: it needs cached features")
-            self.refs.append(sample.image)
-        self.ids = [sample.id for sample in samples]
-        self.transform = transform
-        self.augment = augment
-
-    def __call__(self, rows: Sequence[int], views: Sequence[int]) -> Tensor:
-        """float[B, 3, H, W]."""
-        return torch.stack([self.view(row, view) for row, view in zip(rows, views, strict=True)])
-
-    def view(self, row: int, view: int) -> Tensor:
-        """One view of a picture, float[3, H, W].
-
-        Raises:
-            DataError: the picture cannot be opened.
-        """
-        try:
-            picture = image.open(self.refs[row].read())
-        except ImageError as error:
-            raise DataError(f"{self.refs[row]} (sample {self.ids[row]!r}): {error}") from None
-        if view == 0:
-            return self.transform([picture])[0]
-        if self.augment is None:
-            raise DataError(f"view {view} is asked for, but no augmentation is given")
-        return self.augment(picture, draw_seed("view", self.ids[row], view))

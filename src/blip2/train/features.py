@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from blip2.data.sources import Prototype, Sample
 from blip2.errors import DataError
 from blip2.protocols import ImageEncoder
-from blip2.train.data import Pixels
 from blip2.train.digests import picture_digests
+from blip2.train.pixels import Pixels
 
 _TODO, _DONE, _DROPPED = range(3)  # marks, one byte a picture
 _BATCH = 16  # pictures encoded together

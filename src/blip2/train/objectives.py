@@ -22,9 +22,11 @@ from blip2.model.qformer import Look, Sight
 from blip2.packed import learns
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.train.distributed import World
+from blip2.train.reward import SelfCritical
 
 LOSSES = ("itc", "itm", "itg", "diversity")  # of stage 1
 NEARLY_ONE = 1e-3  # keeps the diversity of equal queries finite
+SILENCE = 0.25  # of a query's length: one that differs less than that between images says little
 MASKED = -1e4  # a similarity that softmax never draws, finite so that a row of nothing else stays a distribution
 
 
@@ -41,6 +43,7 @@ class Batch:
             caption; (0, 0) where the Q-Former reads no questions.
         prompts: R tuples of language-model ids that stand after the queries; empty in stage 1.
         targets: int64[R, T'] language-model ids to predict, right-padded with -100; (0, 0) in stage 1.
+        references: of the first rows, each of its captions in the language model's ids; empty without a reward.
     """
 
     images: Tensor
@@ -50,14 +53,15 @@ class Batch:
     prompts: tuple[tuple[int, ...], ...] = ()
     targets: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     questions: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    references: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device; the prompts stay lists."""
+        """The same on a device; prompts and references stay tuples."""
         move = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("images", "image_ids", "ids", "owners", "targets", "questions")
         }
-        return Batch(prompts=self.prompts, **move)
+        return Batch(prompts=self.prompts, references=self.references, **move)
 
 
 class Stage1(nn.Module):
@@ -220,10 +224,13 @@ class Stage1(nn.Module):
 
         Not of the paper. ITC rewards the best query alone, so nothing there keeps all of them from becoming it; a
         language model then reads one vector Q times. What every image has in common does not count. The logarithm
-        pulls hardest where queries are almost one, which is where a squared cosine pulls least.
+        pulls hardest where queries are almost one, which is where a squared cosine pulls least. Saying the same of
+        every image is no way out: silence is a direction that all queries share.
         """
         hidden = look.hidden.float()
-        said = F.normalize(hidden - self.world.mean(hidden.mean(0)), dim=-1)  # (B, Q, D)
+        silence = SILENCE * hidden.detach().norm(dim=-1, keepdim=True)  # (B, Q, 1)
+        said = hidden - self.world.mean(hidden.mean(0))  # (B, Q, D)
+        said = F.normalize(torch.cat([said, silence], dim=-1), dim=-1)
         one, other = torch.triu_indices(hidden.shape[1], hidden.shape[1], offset=1, device=hidden.device)
         cosines = (said[:, one] * said[:, other]).sum(-1)  # (B, Q (Q - 1) / 2)
         return -torch.log1p(NEARLY_ONE - cosines.square()).sum() / max(1, cosines.numel())
@@ -236,6 +243,7 @@ class Stage2(nn.Module):
 
     Args:
         keep: stage-1 losses that go on beside it, so that the one bridge still matches and embeds; None as published.
+        reward: the captions that the model itself writes while it trains, judged; None as published.
         vocabulary: int64[K], sorted: the softmax runs over these tokens, all where None.
         patch_dropout: share of each image's patches that a step of training does not see.
     Source: BLIP-2, section 3.3.
@@ -252,6 +260,7 @@ class Stage2(nn.Module):
         bos: int | None,
         world: World | None = None,
         keep: Stage1 | None = None,
+        reward: SelfCritical | None = None,
         vocabulary: Tensor | None = None,
         patch_dropout: float = 0.0,
     ) -> None:
@@ -263,10 +272,11 @@ class Stage2(nn.Module):
         self.bos = bos
         self.world = world or World()
         self.keep = keep
+        self.reward = reward
         self.register_buffer("vocabulary", vocabulary, persistent=False)
 
     def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
-        """Losses by name: `lm`, the mean over this rank's target tokens, and what is kept of stage 1."""
+        """Losses: `lm`, the mean over this rank's target tokens; `reward`, in training; what is kept of stage 1."""
         patches = encode(self.encoder, batch.images)
         if self.bridge.training:
             patches = thinned(patches, self.patch_dropout)
@@ -279,6 +289,9 @@ class Stage2(nn.Module):
         before = alike(batch.owners, asked), visual.shape[1] + (self.bos is not None)  # the prompts
         log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, before)  # (R, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
+        if self.reward is not None and self.bridge.training:
+            seen = self.bridge.project(look.hidden[: len(batch.references)])
+            losses["reward"] = self.reward(self.language, seen, batch.references, seed)
         if self.keep is not None:
             losses |= self.keep.losses(look, sight, patches, batch, seed)
         return losses

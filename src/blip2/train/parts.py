@@ -25,7 +25,9 @@ from blip2.train.lora import inject
 from blip2.train.objectives import LOSSES, Batch, Stage1, Stage2
 from blip2.train.pictures import Data, read_data
 from blip2.train.recipe import Recipe
+from blip2.train.reward import self_critical
 from blip2.train.saving import Outcome
+from blip2.train.sections import Reward
 from blip2.train.start import (
     Start,
     begin_projection,
@@ -164,7 +166,16 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         views=_views(recipe),
     )
     images = [each.images for each in data]
-    batches = Batches(mixture, images, texts, rows, lm_share=recipe.lm_share, rank=world.rank, world=world.size)
+    batches = Batches(
+        mixture,
+        images,
+        texts,
+        rows,
+        lm_share=recipe.lm_share,
+        reward_share=recipe.reward.share if recipe.reward else 0.0,
+        rank=world.rank,
+        world=world.size,
+    )
     lora = None if recipe.lora is None else inject(parts.language()[0], recipe.lora)
     written = earlier_words(start)
     objective = partial(_objective, recipe, parts, bridge, texts, written, world, device)
@@ -177,7 +188,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
         validate = Validation(
             bridge, objective([*data, *held_out]), held_out, texts, rows, world, device, questions=mixture.questions
         )
-    minimised = objective(data)
+    minimised = objective(data, recipe.reward)
     vision = cast("nn.Module", parts.encoder()) if recipe.vision.train else None
     kept = parts.encoder() if start is not None and start.holds_vision else None  # comes along with the start's files
     vocabulary = minimised.vocabulary if isinstance(minimised, Stage2) else written
@@ -259,11 +270,13 @@ def _objective(
     world: World,
     device: torch.device,
     data: Sequence[Data],
+    reward: Reward | None = None,
 ) -> nn.Module:
     """What is minimised; the softmax runs over the words of the data where the recipe says so.
 
     Args:
         written: int64[K], the tokens that the model writes already.
+        reward: what is trained by, and not validated.
     """
     encoder = parts.encoder() if recipe.features.cache is None else None
     scale = 1.0 if recipe.stage == 1 else recipe.keep
@@ -296,6 +309,10 @@ def _objective(
         earlier = [] if written is None else [written.tolist()]
         ends = [tokenizer.stop_ids]  # an end is learned against others
         vocabulary = _used([*texts.tokenize(pairs)[1].tolist(), *ends, *earlier])
+    judge = None
+    if reward is not None:
+        samples = [sample for each in data for sample in each.samples]
+        judge = self_critical(reward, texts, samples, vocabulary, world)
     stage2 = Stage2(
         bridge,
         language,
@@ -303,6 +320,7 @@ def _objective(
         bos=tokenizer.bos,
         world=world,
         keep=first,
+        reward=judge,
         vocabulary=vocabulary,
         patch_dropout=recipe.patch_dropout,
     )

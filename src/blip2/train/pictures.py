@@ -15,9 +15,10 @@ from blip2.data import sources
 from blip2.data.sources import Prototype, Sample
 from blip2.errors import ConfigError
 from blip2.protocols import ImageEncoder
-from blip2.train.data import Images, Pixels
+from blip2.train.data import Images
 from blip2.train.features import FeatureCache, PrototypeFeatures
 from blip2.train.log import now_and_then, say
+from blip2.train.pixels import Pixels
 from blip2.train.recipe import Recipe
 from blip2.train.sections import Source
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from blip2.errors import ConfigError
-from blip2.train.sections import Features, LoRA, Losses, Section, Sources, Validate, Vision
+from blip2.train.sections import Features, LoRA, Losses, Reward, Section, Sources, Validate, Vision
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -119,6 +119,7 @@ class Recipe(Section):
         keep: weight at which the stage-1 losses go on in stage 2; 0 as in the paper.
         lm_share: share of the rows that the language model learns from: the first of each rank's part of a step,
             rounded up. The others are read for `keep` alone, whose contrast wants many pictures and costs little.
+        reward: captions that the model itself writes are judged too, in stage 2; None as in the paper.
         validate: held-out data, looked at while training.
         save_every, log_every: steps from one checkpoint, and from one line of the log, to the next.
         resume: go on where the output folder stands; False starts it over.
@@ -168,6 +169,7 @@ class Recipe(Section):
     prefix_lm: bool | None = None
     keep: float = Field(default=0.0, ge=0)
     lm_share: float = Field(default=1.0, gt=0, le=1)
+    reward: Reward | None = None
     validate_: Validate | None = Field(default=None, alias="validate")
     save_every: int = Field(default=500, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -209,6 +211,8 @@ class Recipe(Section):
             )
         if self.lora is not None and self.stage == 1:
             raise ValueError("lora: stage 1 has no language model; train it in stage 2")
+        if self.reward is not None and self.stage == 1:
+            raise ValueError("reward: stage 1 has no language model that could write; it is for stage 2")
         if self.lm_share < 1 and (self.stage == 1 or not self.keep):
             raise ValueError("lm_share: rows that the language model does not learn from are for `keep` in stage 2")
         if self.start_share and self.start is None:

@@ -97,6 +97,21 @@ class Losses(Section):
     diversity: float = Field(default=0.0, ge=0)
 
 
+class Reward(Section):
+    """Self-critical training (Rennie et al. 2017), not of the paper: the model writes captions of training pictures by
+    drawing, and those nearer to people's by CIDEr-D than its others become likelier. For the end of a training.
+
+    Attributes:
+        weight: beside the loss on people's own captions and answers.
+        share: share of the rows that it writes captions of: the first of each rank's part of a step, rounded up.
+        samples: captions drawn of each picture.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    share: float = Field(default=1.0, gt=0, le=1)
+    samples: int = Field(default=5, ge=2)
+
+
 class Vision(Section):
     """Training of the image encoder, which must be a ViT of our own, come from `start`.
 
