@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from blip2.config import GemmaConfig, OPTConfig, T5Config
 from blip2.generate import Beam, Greedy, Limits, Method, Sample, generate
-from blip2.generate.capture import Captured
+from blip2.generate.capture import Captured, stepper, without_graphs
 from blip2.model.cache import Cache
 from blip2.model.fixed import shape_of
 from blip2.model.gemma import Gemma
@@ -130,3 +131,13 @@ def test_a_model_that_no_graph_can_hold_is_stepped_plainly_and_says_so(model: An
         found = captured.step(ids, cache)
     torch.testing.assert_close(found, model.step(ids, other))
     torch.testing.assert_close(captured.step(ids, cache), model.step(ids, other))
+
+
+def test_weights_that_are_being_trained_are_read_anew_at_each_step():
+    language, cache = SimpleNamespace(step=lambda *_: None), Cache(torch.tensor([1]))
+    cache.starts = SimpleNamespace(is_cuda=True)  # type: ignore[assignment]
+    captured = stepper(language, cache)  # type: ignore[arg-type]
+    assert captured != language.step
+    with without_graphs():
+        assert stepper(language, cache) == language.step  # type: ignore[arg-type]
+    assert stepper(language, cache) == captured  # type: ignore[arg-type]

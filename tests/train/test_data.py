@@ -376,6 +376,8 @@ def test_a_batch_that_ranks_cannot_share_and_stage_1_without_captions_are_refuse
         batches(captioned(6), Texts(qformer=QFORMER), 5, world=2)
     with pytest.raises(DataError, match="'s0' has no caption"):
         batches(make_samples(2, captions=0, questions=1), Texts(qformer=QFORMER), 2)
+    with pytest.raises(DataError, match="'s0' has no caption; stage 1 and rewards"):
+        batches(make_samples(2, captions=0, questions=1), Texts(language=LANGUAGE), 2, reward_share=1.0)
     with pytest.raises(DataError, match="texts need"):
         Texts()
 

@@ -59,6 +59,8 @@ def test_a_folder_of_images_and_a_csv_of_captions_train_with_ten_lines(tmp_path:
         ({"model": None}, "model: is missing"),
         ({"lr_scale": {"*": -1}}, "lr_scale.*: Input should be greater than 0"),
         ({"stage": 1, "keep": 1.0, "lm_share": 0.5}, "lm_share: rows that the language model does not learn from"),
+        ({"stage": 1, "reward": {}}, "reward: stage 1 has no language model"),
+        ({"stage": 2, "reward": {"samples": 1}}, "reward.samples: Input should be greater than or equal to 2"),
         ({"stage": 2, "lm_share": 0.5}, "lm_share: rows that the language model does not learn from"),
     ],
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from blip2.train.recipe import Recipe
+from blip2.train.recipe import Recipe  # pyright: ignore[reportPrivateUsage]
+from blip2.train.recipe import _sections as sections
 from blip2.train.reference import SECTIONS, entries, page, told
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -32,3 +33,8 @@ def test_a_key_that_is_not_told_is_an_error():
 
     with pytest.raises(ValueError, match="Untold does not tell its fields output, data, steps"):
         entries(Untold)
+
+
+def test_every_section_of_a_recipe_is_told():
+    named = {section for info in Recipe.model_fields.values() for section in sections(info.annotation)}
+    assert named <= set(SECTIONS.values())

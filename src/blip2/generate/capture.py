@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,8 @@ KEPT = 2**32  # bytes of all shapes' buffers together; the one that was not used
 WARM = 2  # steps before a capture: kernels are chosen and memory is found in them
 
 Replay = Callable[[], Tensor]
+
+_plain = ContextVar("plain", default=False)
 
 
 class Captured:
@@ -86,10 +90,20 @@ def graph(step: Callable[[], Tensor]) -> Replay:
 
 def stepper(language: LanguageModel, cache: Any) -> Callable[..., Tensor]:
     """How to step: through graphs on a CUDA device where the cache is one of ours, plainly elsewhere."""
-    if isinstance(cache, Cache) and cache.starts.is_cuda:
+    if isinstance(cache, Cache) and cache.starts.is_cuda and not _plain.get():
         kept: Captured | None = getattr(language, "_captured", None)
         if kept is None:
             kept = Captured(language)
             object.__setattr__(language, "_captured", kept)
         return kept.step
     return language.step
+
+
+@contextmanager
+def without_graphs() -> Generator[None, None, None]:
+    """Steps inside read the weights anew, as training wants: a graph would keep autocast's copies of them."""
+    before = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(before)

@@ -238,7 +238,13 @@ class Texts:
         return prompt, " ".join(words)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> tuple[tuple[tuple[int, ...], ...], Tensor]:
-        """Prompts, and targets int64[B, T] that end with the stop id, right-padded with -100.
+        """Prompts, and targets int64[B, T] that end with the stop id, right-padded with -100 and cut to their limit."""
+        assert self.language is not None
+        targets = pad([row[: self.max_length] for row in self._targets(pairs)], -100)
+        return tuple(tuple(prompt) for prompt in self.language.prompts([prompt for prompt, _ in pairs])), targets
+
+    def _targets(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Whole targets, each with its stop id.
 
         Prompt and target are tokenized as one text, so that the seam is where the language model itself would put it.
         """
@@ -246,18 +252,15 @@ class Texts:
         prompts = self.language.encode([prompt for prompt, _ in pairs])
         whole = self.language.encode([f"{prompt} {target}" if prompt else target for prompt, target in pairs])
         alone = self.language.encode([f" {target}" if prompt else target for prompt, target in pairs])
-        rows = [
-            full[len(prompt) :] if full[: len(prompt)] == prompt else target
+        return [
+            [*(full[len(prompt) :] if full[: len(prompt)] == prompt else target), self.language.stop_ids[0]]
             for prompt, full, target in zip(prompts, whole, alone, strict=True)
         ]
-        stop = self.language.stop_ids[0]
-        targets = pad([[*row, stop][: self.max_length] for row in rows], -100)
-        return tuple(tuple(prompt) for prompt in self.language.prompts([prompt for prompt, _ in pairs])), targets
 
     def references(self, sample: Sample) -> tuple[tuple[int, ...], ...]:
-        """A picture's captions, whole, as targets without padding."""
-        _, targets = self.tokenize([(self.prompts.caption, plain(caption)) for caption in sample.captions])
-        return tuple(tuple(row[row != -100].tolist()) for row in targets)
+        """A picture's captions as targets, whole and without padding."""
+        pairs = [(self.prompts.caption, plain(caption)) for caption in sample.captions]
+        return tuple(tuple(row) for row in self._targets(pairs))
 
 
 class Batches(Dataset[Batch]):
@@ -267,9 +270,9 @@ class Batches(Dataset[Batch]):
         images: one for each source of the mixture, such as `FeatureCache.patches` or `Pixels`.
         batch_size: rows of all ranks together; ranks hold consecutive parts of it.
         lm_share: share of a rank's rows, the first of them, that have texts for the language model.
-        reward_share: share of them whose captions come along as references.
+        reward_share: share of a rank's rows, the first of them, whose captions come along as references.
     Raises:
-        DataError: the batch cannot be shared evenly, or a source has no captions where stage 1 needs them.
+        DataError: the batch cannot be shared evenly, or a sample has no caption where stage 1 or a reward needs one.
     """
 
     def __init__(

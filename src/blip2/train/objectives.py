@@ -291,7 +291,7 @@ class Stage2(nn.Module):
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.reward is not None and self.bridge.training:
             seen = self.bridge.project(look.hidden[: len(batch.references)])
-            losses["reward"] = self.reward(self.language, seen, batch.references, seed)
+            losses["reward"] = self.reward(self.language, seen, batch.references, seed, self.vocabulary)
         if self.keep is not None:
             losses |= self.keep.losses(look, sight, patches, batch, seed)
         return losses

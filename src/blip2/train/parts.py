@@ -276,7 +276,7 @@ def _objective(
 
     Args:
         written: int64[K], the tokens that the model writes already.
-        reward: what is trained by, and not validated.
+        reward: None for validation, which draws nothing.
     """
     encoder = parts.encoder() if recipe.features.cache is None else None
     scale = 1.0 if recipe.stage == 1 else recipe.keep
@@ -312,7 +312,7 @@ def _objective(
     judge = None
     if reward is not None:
         samples = [sample for each in data for sample in each.samples]
-        judge = self_critical(reward, texts, samples, vocabulary, world)
+        judge = self_critical(reward, texts, samples, world)
     stage2 = Stage2(
         bridge,
         language,

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from blip2.train.recipe import MIN_LR, PRESETS, WARMUP, WARMUP_SHARE, Recipe
-from blip2.train.sections import Features, LoRA, Losses, Source, Validate, Vision
+from blip2.train.sections import Features, LoRA, Losses, Reward, Source, Validate, Vision
 
 TITLE = """# Every key of a recipe
 
@@ -30,6 +30,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`validate`": Validate,
     "`features`": Features,
     "`losses`, of stage 1": Losses,
+    "`reward`, in stage 2": Reward,
     "`vision`": Vision,
     "`lora`": LoRA,
 }

@@ -22,6 +22,7 @@ from blip2.config import PromptConfig
 from blip2.data.sources import Sample
 from blip2.generate import Limits, generate
 from blip2.generate import Sample as Drawing
+from blip2.generate.capture import without_graphs
 from blip2.model import prefix
 from blip2.protocols import LanguageModel
 from blip2.text import Tokenizer, pad
@@ -37,7 +38,7 @@ Ids = Sequence[int]
 ORDERS = 4  # of the n-grams that CIDEr-D counts
 SIGMA = 6.0  # of its penalty for another length, in tokens
 SCALE = 10.0
-LEAST_SPREAD = 1e-6  # of advantages, which are all 0 where a picture's texts are alike
+LITTLE = 0.1  # a spread of CIDEr-D within a picture that teaches little
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class Consensus:
     """
 
     def __init__(self, pictures: Iterable[Sequence[Ids]]) -> None:
-        self._having: Counter[tuple[int, ...]] = Counter()  # pictures of which an n-gram is said
+        self._pictures_with: Counter[tuple[int, ...]] = Counter()  # pictures of which an n-gram is said
         count = 0
         for references in pictures:
             count += 1
-            self._having.update({gram for ids in references for order in _counted(ids) for gram in order})
-        self._all = math.log(max(count, 1))
+            self._pictures_with.update({gram for ids in references for order in _counted(ids) for gram in order})
+        self._log_count = math.log(max(count, 1))
 
     def __call__(self, written: Sequence[Ids], references: Sequence[Ids]) -> list[float]:
         """The score of each text of one picture, from 0 to 10.
@@ -82,7 +83,7 @@ class Consensus:
         return _Weighted(grams, norms, len(ids))
 
     def _rarity(self, gram: tuple[int, ...]) -> float:
-        return self._all - math.log(max(1, self._having[gram]))
+        return self._log_count - math.log(max(1, self._pictures_with[gram]))
 
 
 def _counted(ids: Ids) -> list[Counter[tuple[int, ...]]]:
@@ -109,6 +110,9 @@ def _mean(values: Iterable[float]) -> float:
 class SelfCritical:
     """The policy gradient of `Consensus`: a text's advantage is over the mean of the others of its picture.
 
+    A picture's advantages are divided by their spread, so that pictures of one short caption, where a draw is worth all
+    or nothing, do not drown those of five long ones.
+
     Attributes:
         consensus: what a text is worth.
         tokenizer: of the language model.
@@ -116,8 +120,8 @@ class SelfCritical:
         samples: S.
         max_length: most tokens of a text, the one that ends it included.
         weight: of the loss.
-        vocabulary: int64[K], sorted: the tokens that may be written, all where None.
-    Source: Rennie et al. 2017, section 3; the others' mean as baseline: Luo 2020.
+    Source: Rennie et al. 2017, section 3; the others' mean as baseline: Luo 2020; the spread: Shao et al. 2024,
+    section 4.1.
     """
 
     consensus: Consensus
@@ -126,11 +130,15 @@ class SelfCritical:
     samples: int
     max_length: int
     weight: float
-    vocabulary: Tensor | None
     world: World
 
     def __call__(
-        self, language: LanguageModel, visual: Tensor, references: Sequence[Sequence[Ids]], seed: int
+        self,
+        language: LanguageModel,
+        visual: Tensor,
+        references: Sequence[Sequence[Ids]],
+        seed: int,
+        vocabulary: Tensor | None = None,
     ) -> Tensor:
         """Minus the mean CIDEr-D of what the model draws, with the policy's gradient; float32 scalar.
 
@@ -138,49 +146,44 @@ class SelfCritical:
             visual: float[N, Q, Dl], the projected queries.
             references: N pictures' captions in the language model's tokens, each with the one that ends it.
             seed: of the draws, the same on every rank.
+            vocabulary: int64[K], sorted: the tokens that may be written, all where None.
         """
         bos, layout = self.tokenizer.bos, self.prompts.visual
         prompt = self.tokenizer.prompts([self.prompts.caption])[0]
         embeds, lengths = prefix.build(language, visual, [prompt] * len(references), bos, layout)
-        written = self._written(language, embeds.detach(), lengths, seed)
+        written = self._written(language, embeds.detach(), lengths, seed, vocabulary)
         rewards = torch.tensor(
             [self.consensus(texts, known) for texts, known in zip(written, references, strict=True)],
             device=visual.device,
         )  # (N, S)
-        advantages = (rewards - rewards.mean(1, keepdim=True)) * self.samples / (self.samples - 1)
-        spread = self.world.mean(advantages.square().mean()).sqrt().clamp_min(LEAST_SPREAD)
         owners = torch.arange(len(references), device=visual.device).repeat_interleave(self.samples)  # (N S,)
         targets = pad([ids for texts in written for ids in texts], -100).to(visual.device)  # (N S, T')
-        same = owners, visual.shape[1] + (bos is not None)
-        log_probs = language.log_probs(embeds[owners], lengths[owners], targets, self.vocabulary, same)
+        common = owners, embeds.shape[1]
+        log_probs = language.log_probs(embeds[owners], lengths[owners], targets, vocabulary, common)
         tokens = self.world.mean((targets != -100).sum().float())
-        gained = ((advantages / spread).flatten() * log_probs.sum(1)).sum() / tokens
+        gained = (self.advantages(rewards).flatten() * log_probs.sum(1)).sum() / tokens
         return -self.weight * (rewards.mean() + gained - gained.detach())  # the value is CIDEr-D's alone
 
-    def _written(self, language: LanguageModel, embeds: Tensor, lengths: Tensor, seed: int) -> list[list[list[int]]]:
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """How much better each text is than the others of its picture, in their spread: float[N, S] to float[N, S]."""
+        over = (rewards - rewards.mean(1, keepdim=True)) * self.samples / (self.samples - 1)
+        return over / (rewards.std(1, keepdim=True) + LITTLE)
+
+    def _written(
+        self, language: LanguageModel, embeds: Tensor, lengths: Tensor, seed: int, vocabulary: Tensor | None
+    ) -> list[list[list[int]]]:
         """S texts of each picture as targets: with the token that ended them, unless they are too long."""
-        writer = language if self.vocabulary is None else Narrowed(language, self.vocabulary)
+        writer = language if vocabulary is None else Narrowed(language, vocabulary)
         first = self.world.rank * len(lengths)
-        found = generate(
-            writer,
-            embeds,
-            lengths,
-            Drawing(),
-            Limits(max_new_tokens=self.max_length, captions=self.samples),
-            self.tokenizer.stop_ids,
-            [draw_seed(seed, first + row) for row in range(len(lengths))],
-        )
+        seeds = [draw_seed(seed, first + row) for row in range(len(lengths))]
+        limits = Limits(max_new_tokens=self.max_length, captions=self.samples)
+        with without_graphs():
+            found = generate(writer, embeds, lengths, Drawing(), limits, self.tokenizer.stop_ids, seeds)
         return [[[*text.ids, *([] if text.end is None else [text.end])] for text in texts] for texts in found]
 
 
-def self_critical(
-    reward: Reward, texts: Texts, samples: Sequence[Sample], vocabulary: Tensor | None, world: World
-) -> SelfCritical:
-    """As the recipe's section says, over the captions that are trained on.
-
-    Args:
-        vocabulary: int64[K], sorted: the tokens that may be written, all where None.
-    """
+def self_critical(reward: Reward, texts: Texts, samples: Sequence[Sample], world: World) -> SelfCritical:
+    """As the recipe's section says, over the captions that are trained on."""
     assert texts.language is not None  # stage 2 has it
     return SelfCritical(
         Consensus(texts.references(sample) for sample in samples),
@@ -189,6 +192,5 @@ def self_critical(
         reward.samples,
         texts.max_length,
         reward.weight,
-        vocabulary,
         world,
     )

@@ -98,11 +98,13 @@ class Losses(Section):
 
 
 class Reward(Section):
-    """Self-critical training (Rennie et al. 2017), not of the paper: the model writes captions of training pictures by
-    drawing, and those nearer to people's by CIDEr-D than its others become likelier. For the end of a training.
+    """Self-critical training (Rennie et al. 2017), not of the paper: CIDEr-D judges captions that the model draws.
+
+    Those of a picture that are nearer to people's than its others become likelier. For the end of a training; every
+    picture needs a caption, and several are better.
 
     Attributes:
-        weight: beside the loss on people's own captions and answers.
+        weight: beside the loss on people's own captions and answers; rewards are scaled by their spread before.
         share: share of the rows that it writes captions of: the first of each rank's part of a step, rounded up.
         samples: captions drawn of each picture.
     """
