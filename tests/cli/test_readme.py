@@ -102,7 +102,7 @@ def test_every_recipe_has_about_ten_lines_and_is_valid(tmp_path: Path):
 
 def test_every_link_leads_to_a_file():
     linked = re.findall(r"(?:\]\(|src=\")(?!https?://)([^)#\"]+)", README)
-    assert "docs/palace.jpg" in linked
+    assert "docs/camera.jpg" in linked
     missing = [place for place in linked if not (ROOT / place).exists()]
     assert missing == []
 

@@ -1,0 +1,38 @@
+"""The last of mini's weights: python examples/mini/mix.py runs/mini-reward/model runs/mini-speak/model runs/mini-mixed
+
+What finds and matches, and nothing that writes, comes back by half from the first model's stage: its heads and the
+Q-Former's text side. Written captions stay the same to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+SHARE = 0.5
+BACK = ("heads.*", "qformer.positions.*", "qformer.layers.*.text_feed_forward.*")
+WEIGHTS = "bridge.safetensors"
+
+
+def main() -> None:
+    """Write the mixture beside the files of the trained model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of the trained model")
+    parser.add_argument("earlier", type=Path, help="folder of the model that a share comes back from")
+    parser.add_argument("output", type=Path, help="folder to write")
+    arguments = parser.parse_args()
+    mixed, earlier = load_file(arguments.model / WEIGHTS), load_file(arguments.earlier / WEIGHTS)
+    for name in mixed:
+        if any(fnmatch(name, pattern) for pattern in BACK):
+            mixed[name] = mixed[name].lerp(earlier[name], SHARE)
+    shutil.copytree(arguments.model, arguments.output)
+    save_file(mixed, arguments.output / WEIGHTS, {"format": "pt"})
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
