@@ -35,3 +35,14 @@ def test_shares_stand_over_their_probabilities():
 def test_nothing_to_draw_is_an_empty_page():
     for page in (drawing.bars({}), drawing.curves({}), drawing.reliability({})):
         assert ElementTree.fromstring(page).tag == f"{SVG}svg"
+
+
+def test_curves_below_zero_stay_on_the_picture():
+    root = ElementTree.fromstring(drawing.curves({"reward": [(0, -0.5), (10, -2.0)], "lm": [(0, 2.0), (10, 1.0)]}))
+    heights = [
+        float(point.split(",")[1])
+        for line in root.iter()
+        if "points" in line.attrib
+        for point in line.attrib["points"].split()
+    ]
+    assert 12 <= min(heights) < max(heights) == 276

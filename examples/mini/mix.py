@@ -1,7 +1,7 @@
 """The last of mini's weights: python examples/mini/mix.py runs/mini-reward/model runs/mini-speak/model runs/mini-mixed
 
-What finds and matches, and nothing that writes, comes back by half from the first model's stage: its heads and the
-Q-Former's text side. Written captions stay the same to the bit.
+Half of the heads and of the Q-Former's text side comes back from the second folder, the model of speak.yaml's stage 1.
+No caption passes through them, so captions stay the same to the bit; answers change, since questions are read there.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ _BAR, _GAP, _LABELS, _NUMBERS = 16, 10, 250, 150  # pixels
 def curves(
     lines: Mapping[str, Sequence[tuple[float, float]]], axis: str = "step", size: tuple[int, int] = (720, 300)
 ) -> str:
-    """Lines of (x, y) points by name, from zero up, on one scale.
+    """Lines of (x, y) points by name, from zero up, or from the least where that is below it, on one scale.
 
     Args:
         axis: what x counts.
@@ -21,14 +21,16 @@ def curves(
     width, height = size
     left, bottom = 40, height - 24
     last = max((points[-1][0] for points in lines.values()), default=1)
-    top = max((value for points in lines.values() for _, value in points), default=1.0) or 1.0
+    values = [value for points in lines.values() for _, value in points]
+    low = min(0.0, *values) if values else 0.0
+    top = max(values, default=1.0) or low + 1.0
 
     def place(x: float, value: float) -> str:
-        return f"{left + (width - left - 8) * x / last:.1f},{bottom - (bottom - 12) * value / top:.1f}"
+        return f"{left + (width - left - 8) * x / last:.1f},{bottom - (bottom - 12) * (value - low) / (top - low):.1f}"
 
     parts = [
         f'<path d="M{left},12V{bottom}H{width - 8}" fill="none" stroke="#888"/>',
-        f'<text x="4" y="16">{top:.2f}</text><text x="4" y="{bottom}">0</text>',
+        f'<text x="4" y="16">{top:.2f}</text><text x="4" y="{bottom}">{low:.3g}</text>',
         f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">{escape(axis)} {last:g}</text>',
     ]
     for number, (name, points) in enumerate(lines.items()):
