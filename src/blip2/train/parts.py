@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from blip2.adapters.narrowed import Narrowed
 from blip2.config import Blip2Config, LanguageConfig, PartConfig, VisionConfig
+from blip2.data.sources import Sample
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
 from blip2.model.t5 import T5
 from blip2.model.vision import VisionTransformer
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer, plain
-from blip2.train.data import Batches, Mixture, Texts
+from blip2.train.data import Texts
 from blip2.train.distributed import World
 from blip2.train.lora import inject
 from blip2.train.objectives import LOSSES, Batch, Stage1, Stage2
-from blip2.train.pictures import Data, read_data
+from blip2.train.pictures import Data, make_batches, read_data
 from blip2.train.recipe import Recipe
 from blip2.train.reward import self_critical
 from blip2.train.saving import Outcome
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from blip2.blip2 import Blip2
 
 _Part = TypeVar("_Part")
-_ENDLESS = 1 << 30  # views of a picture that is cropped anew each time it comes
 
 
 @dataclass(frozen=True)
@@ -158,24 +158,7 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     texts = make_texts(recipe, config, parts)
     data = [read_data(source, recipe, config, parts.encoder(), parts.digest) for source in recipe.data]
     bridge = start_bridge(config, start, model, parts.text).to(device)
-    mixture = Mixture(
-        [(each.samples, source.weight) for each, source in zip(data, recipe.data, strict=True)],
-        recipe.seed,
-        questions=recipe.questions if recipe.stage == 2 else 0.0,
-        texts=recipe.texts,
-        views=_views(recipe),
-    )
-    images = [each.images for each in data]
-    batches = Batches(
-        mixture,
-        images,
-        texts,
-        rows,
-        lm_share=recipe.lm_share,
-        reward_share=recipe.reward.share if recipe.reward else 0.0,
-        rank=world.rank,
-        world=world.size,
-    )
+    batches = make_batches(recipe, data, texts, rows, world)
     lora = None if recipe.lora is None else inject(parts.language()[0], recipe.lora)
     written = earlier_words(start)
     objective = partial(_objective, recipe, parts, bridge, texts, written, world, device)
@@ -186,7 +169,14 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
             for source in recipe.validate_.data
         ]
         validate = Validation(
-            bridge, objective([*data, *held_out]), held_out, texts, rows, world, device, questions=mixture.questions
+            bridge,
+            objective([*data, *held_out]),
+            held_out,
+            texts,
+            rows,
+            world,
+            device,
+            questions=batches.mixture.questions,
         )
     minimised = objective(data, recipe.reward)
     vision = cast("nn.Module", parts.encoder()) if recipe.vision.train else None
@@ -301,18 +291,7 @@ def _objective(
         return first.to(device)
     language, tokenizer = parts.language()
     begin_projection(bridge, language)
-    vocabulary = None
-    if recipe.vocabulary == "used":
-        pairs = [(texts.prompts.caption, caption) for caption in captions]
-        for sample in (sample for each in data for sample in each.samples):
-            pairs += [(texts.prompts.question.format(question), answer) for question, answer in sample.questions]
-        earlier = [] if written is None else [written.tolist()]
-        ends = [tokenizer.stop_ids]  # an end is learned against others
-        vocabulary = _used([*texts.tokenize(pairs)[1].tolist(), *ends, *earlier])
-    judge = None
-    if reward is not None:
-        samples = [sample for each in data for sample in each.samples]
-        judge = self_critical(reward, texts, samples, world)
+    samples = [sample for each in data for sample in each.samples]
     stage2 = Stage2(
         bridge,
         language,
@@ -320,11 +299,20 @@ def _objective(
         bos=tokenizer.bos,
         world=world,
         keep=first,
-        reward=judge,
-        vocabulary=vocabulary,
+        reward=None if reward is None else self_critical(reward, texts, samples, world),
+        vocabulary=_to_write(texts, samples, tokenizer, written) if recipe.vocabulary == "used" else None,
         patch_dropout=recipe.patch_dropout,
     )
     return stage2.to(device)
+
+
+def _to_write(texts: Texts, samples: Sequence[Sample], tokenizer: Tokenizer, written: Tensor | None) -> Tensor:
+    """int64[K], sorted: the tokens of captions and answers, of what was written before, and of an end."""
+    pairs = [(texts.prompts.caption, plain(caption)) for sample in samples for caption in sample.captions]
+    for sample in samples:
+        pairs += [(texts.prompts.question.format(question), answer) for question, answer in sample.questions]
+    earlier = [] if written is None else [written.tolist()]
+    return _used([*texts.tokenize(pairs)[1].tolist(), tokenizer.stop_ids, *earlier])  # an end is learned against others
 
 
 def _used(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -386,10 +374,3 @@ def _named(part: PartConfig | VisionConfig | LanguageConfig | None, key: str) ->
     raise ConfigError(
         f"model.{key}: {what}, whose weights are nowhere: name a frozen part, or give a `start` that brings them"
     )
-
-
-def _views(recipe: Recipe) -> int:
-    """How many views of a picture there are; the first is plain."""
-    if recipe.features.cache is not None:
-        return recipe.features.views
-    return _ENDLESS if recipe.features.augment else 1

@@ -15,12 +15,15 @@ from blip2.data import sources
 from blip2.data.sources import Prototype, Sample
 from blip2.errors import ConfigError
 from blip2.protocols import ImageEncoder
-from blip2.train.data import Images
+from blip2.train.data import Batches, Images, Mixture, Texts
+from blip2.train.distributed import World
 from blip2.train.features import FeatureCache, PrototypeFeatures
 from blip2.train.log import now_and_then, say
 from blip2.train.pixels import Pixels
 from blip2.train.recipe import Recipe
 from blip2.train.sections import Source
+
+_ENDLESS = 1 << 30  # views of a picture that is cropped anew each time it comes
 
 
 @dataclass(frozen=True)
@@ -98,3 +101,31 @@ def _prototypes(encoder: Any, samples: list[Sample]) -> PrototypeFeatures:
     if not hasattr(encoder, "prototypes"):
         raise ConfigError("data of format `classes` need an image encoder with a classifier, which this one has not")
     return PrototypeFeatures(encoder.prototypes, encoder.classes, samples)
+
+
+def make_batches(recipe: Recipe, data: Sequence[Data], texts: Texts, rows: int, world: World) -> Batches:
+    """This rank's part of every `rows` rows."""
+    mixture = Mixture(
+        [(each.samples, source.weight) for each, source in zip(data, recipe.data, strict=True)],
+        recipe.seed,
+        questions=recipe.questions if recipe.stage == 2 else 0.0,
+        texts=recipe.texts,
+        views=_views(recipe),
+    )
+    return Batches(
+        mixture,
+        [each.images for each in data],
+        texts,
+        rows,
+        lm_share=recipe.lm_share,
+        reward_share=recipe.reward.share if recipe.reward else 0.0,
+        rank=world.rank,
+        world=world.size,
+    )
+
+
+def _views(recipe: Recipe) -> int:
+    """How many views of a picture there are; the first is plain."""
+    if recipe.features.cache is not None:
+        return recipe.features.views
+    return _ENDLESS if recipe.features.augment else 1
