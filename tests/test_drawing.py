@@ -46,3 +46,10 @@ def test_curves_below_zero_stay_on_the_picture():
         for point in line.attrib["points"].split()
     ]
     assert 12 <= min(heights) < max(heights) == 276
+
+
+def test_curves_on_which_nothing_changes_are_drawn():
+    for value in (0.0, -1.0):
+        assert "nan" not in drawing.curves({"reward": [(0, value), (10, value)]})
+    heights = drawing.curves({"reward": [(0, 0.0), (10, -5.0)]}).split('points="')[1].split('"')[0]
+    assert heights == "40.0,12.0 712.0,276.0"

@@ -22,8 +22,9 @@ def curves(
     left, bottom = 40, height - 24
     last = max((points[-1][0] for points in lines.values()), default=1)
     values = [value for points in lines.values() for _, value in points]
-    low = min(0.0, *values) if values else 0.0
-    top = max(values, default=1.0) or low + 1.0
+    low = min([0.0, *values])
+    top = max(values, default=1.0)
+    top = top if top > low else low + 1.0
 
     def place(x: float, value: float) -> str:
         return f"{left + (width - left - 8) * x / last:.1f},{bottom - (bottom - 12) * (value - low) / (top - low):.1f}"

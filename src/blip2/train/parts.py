@@ -270,7 +270,8 @@ def _objective(
     """
     encoder = parts.encoder() if recipe.features.cache is None else None
     scale = 1.0 if recipe.stage == 1 else recipe.keep
-    captions = [plain(caption) for each in data for sample in each.samples for caption in sample.captions]
+    samples = [sample for each in data for sample in each.samples]
+    captions = [plain(caption) for sample in samples for caption in sample.captions]
     first = None
     if texts.qformer is not None:
         first = Stage1(
@@ -291,7 +292,6 @@ def _objective(
         return first.to(device)
     language, tokenizer = parts.language()
     begin_projection(bridge, language)
-    samples = [sample for each in data for sample in each.samples]
     stage2 = Stage2(
         bridge,
         language,

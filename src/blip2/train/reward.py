@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,7 +76,7 @@ class Consensus:
             references: of that picture, at least one.
         """
         known = [self._weighted(ids) for ids in references]
-        return [_mean(_alike(own, other) for other in known) for own in map(self._weighted, written)]
+        return [fmean(_alike(own, other) for other in known) for own in map(self._weighted, written)]
 
     def _weighted(self, ids: Ids) -> _Weighted:
         grams = [{gram: count * self._rarity(gram) for gram, count in order.items()} for order in _counted(ids)]
@@ -98,12 +99,7 @@ def _alike(own: _Weighted, other: _Weighted) -> float:
     for mine, theirs, norms in zip(own.grams, other.grams, zip(own.norms, other.norms, strict=True), strict=True):
         shared = math.fsum(min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine.keys() & theirs.keys())
         cosines.append(shared / math.prod(norms) if all(norms) else 0.0)
-    return SCALE * near * _mean(cosines)
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return math.fsum(listed) / len(listed)
+    return SCALE * near * fmean(cosines)
 
 
 @dataclass(frozen=True)
