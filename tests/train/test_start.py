@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import yaml
 from tiny import bridge, run
 
 import blip2
+from blip2.adapters import EXTENDS
 from blip2.errors import CheckpointError, ConfigError
 from blip2.weights import load
 
@@ -22,8 +24,10 @@ def test_a_start_of_another_shape_is_refused(shapes: Path, tmp_path: Path):
         run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "nowhere"), model=None)
 
 
-def test_a_bridge_is_not_shown_another_encoder_s_patches(shapes: Path, tmp_path: Path):
-    """Of the same width, so that no shape would tell."""
+def test_a_bridge_is_not_shown_another_encoder_s_patches(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of the same width, so that no shape would tell; unless they are its own encoder's, and more beside them."""
     run(shapes, tmp_path / "one", steps=1)
     other = tiny.model() | {"vision": {"name": "another-encoder", "width": 32}}
     said = r"model\.vision: another-encoder, but .* was trained on tiny-encoder; .*'model\.vision=(.*)'"
@@ -31,6 +35,12 @@ def test_a_bridge_is_not_shown_another_encoder_s_patches(shapes: Path, tmp_path:
         run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "one"), model=other)
     wayout = yaml.safe_load(re.search(said, str(error.value))[1])
     run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "one"), model=other | {"vision": wayout})
+    monkeypatch.setitem(cast("dict[str, str]", EXTENDS), "another-encoder", "tiny-encoder")
+    with pytest.raises(ConfigError, match="another-encoder has the SHA-256"):
+        run(shapes, tmp_path / "three", steps=1, start=str(tmp_path / "one"), model=other)
+    made_of = tmp_path / "one/model/config.json"
+    made_of.write_text(made_of.read_text().replace('"tiny-encoder of the tests"', '""'))
+    run(shapes, tmp_path / "three", steps=1, start=str(tmp_path / "one"), model=other)
 
 
 def test_stage_two_goes_on_from_a_stage_one_without_language_model(shapes: Path, tmp_path: Path):

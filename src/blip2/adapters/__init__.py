@@ -30,6 +30,7 @@ IMAGE_ENCODERS: Mapping[str, Callable[[], EfficientNetLite]] = {
     efficientnet.NAME: efficientnet.load,
     efficientnet.LEVELS: partial(efficientnet.load, levels=True),
 }
+EXTENDS: Mapping[str, str] = {efficientnet.LEVELS: efficientnet.NAME}  # gives that one's tokens, and more beside them
 LANGUAGE_MODELS: Mapping[str, Callable[[], tuple[Gemma, Tokenizer]]] = {gemma.NAME: gemma.load}
 TEXT_PARTS: Mapping[str, Callable[[], TextPart]] = {minilm.NAME: minilm.load}
 FINGERPRINTS: Mapping[str, Callable[[], str]] = {

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from blip2 import weights
-from blip2.adapters import DIRECTORY
+from blip2.adapters import DIRECTORY, EXTENDS
 from blip2.config import PRESETS, BaseConfig, Blip2Config, LanguageConfig, PartConfig, VisionConfig, describe
 from blip2.errors import ConfigError
 from blip2.model.bridge import Bridge
@@ -175,6 +175,8 @@ def start_bridge(config: Blip2Config, start: Start | None, model: Blip2 | None, 
 def check_encoder(start: Start, config: Blip2Config, digest: Callable[[PartConfig], str]) -> None:
     """Refuse an image encoder that the start's bridge has never seen, which no shape would tell.
 
+    One that extends the start's is welcome: attention finds the tokens that it knows wherever they stand.
+
     Args:
         digest: SHA-256 of a part on this machine.
     Raises:
@@ -188,7 +190,7 @@ def check_encoder(start: Start, config: Blip2Config, digest: Callable[[PartConfi
             f"model.vision: {ours.name}, but {start.directory} was trained on a ViT of its own; leave it out of `model`"
         )
     moved = theirs.name.startswith(DIRECTORY) and ours.name.startswith(DIRECTORY)
-    if theirs.name != ours.name and not moved:
+    if theirs.name not in (ours.name, EXTENDS.get(ours.name)) and not moved:
         raise ConfigError(
             f"model.vision: {ours.name}, but {start.directory} was trained on {theirs.name}; leave the preset out of "
             f"`model`, or write 'model.vision={{name: {theirs.name}, width: {theirs.width}}}'"
