@@ -29,14 +29,15 @@ TIMED_PHOTOS = 30
 
 
 class Words:
-    """A logits processor: only some tokens may be written."""
+    """A logits processor: only some tokens may be written, and probability is shared among these, as ours is."""
 
     def __init__(self, vocabulary: Tensor, size: int) -> None:
+        self.vocabulary = vocabulary
         self.barred = torch.full((size,), float("-inf")).index_fill_(0, vocabulary, 0.0)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         del ids
-        return scores + self.barred
+        return scores + self.barred - scores[:, self.vocabulary].logsumexp(-1, keepdim=True)
 
 
 def gemma(ours: Gemma) -> Any:
@@ -67,11 +68,14 @@ def caption(model: Blip2, theirs: Any, words: Words, photo: Path) -> str:
     prompts = tokenizer.prompts([model.config.prompts.caption])
     embeds, _ = prefix.build(language, visual, prompts, tokenizer.bos, model.config.prompts.visual)
     own, limits = model.config.captions, Decoding()
+    processors: list[Any] = [words]
+    if own.no_repeat_ngram:  # after the words, whose shares it leaves as they are
+        processors.append(transformers.NoRepeatNGramLogitsProcessor(own.no_repeat_ngram))
     found = theirs.generate(
         inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long), num_beams=BEAMS,
         max_new_tokens=limits.max_new_tokens, length_penalty=own.length_penalty,
-        no_repeat_ngram_size=own.no_repeat_ngram, do_sample=False, eos_token_id=list(tokenizer.stop_ids),
-        pad_token_id=tokenizer.pad, logits_processor=transformers.LogitsProcessorList([words]),
+        do_sample=False, eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.pad,
+        logits_processor=transformers.LogitsProcessorList(processors),
     )  # fmt: skip
     ids = [token for token in found[0].tolist() if token not in {*tokenizer.stop_ids, tokenizer.pad}]
     return tokenizer.decode(ids).strip()
