@@ -1,4 +1,4 @@
-"""Put a trained mini into the package, in half precision: python examples/mini/package.py runs/mini-mixed"""
+"""Put a trained mini into the package, in half precision: python examples/mini/package.py runs/mini-last"""
 
 from __future__ import annotations
 
