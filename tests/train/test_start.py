@@ -24,9 +24,7 @@ def test_a_start_of_another_shape_is_refused(shapes: Path, tmp_path: Path):
         run(shapes, tmp_path / "two", steps=1, start=str(tmp_path / "nowhere"), model=None)
 
 
-def test_a_bridge_is_not_shown_another_encoder_s_patches(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_bridge_is_not_shown_another_encoder_s_patches(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of the same width, so that no shape would tell; unless they are its own encoder's, and more beside them."""
     run(shapes, tmp_path / "one", steps=1)
     other = tiny.model() | {"vision": {"name": "another-encoder", "width": 32}}
