@@ -31,11 +31,15 @@ LAYOUT = 1  # raised whenever the tokens mean something else: their order, numbe
 # Median RMS of a token, over 384 training pictures of Flickr8k: the pooled feature, and the map pooled to 5x5.
 POOLED_RMS = 0.373
 MAP_RMS = 0.460
-# The mean five highest probabilities of those pictures that the classifier is sure of (the highest above 0.5).
-SURE = (0.706, 0.058, 0.021, 0.012, 0.008)
-# A channel's value before its ReLU in pictures that the classifier is as sure of: its mean, what a class adds (times
-# the class's row), what all else about the picture does, and what a cell of the map differs by.
-CHANNEL, OF_CLASS, OF_PICTURE, OF_CELL = 0.20, 0.14, 0.28, 0.27
+# How sure the classifier is of pictures: the highest probability lies between these, evenly by its logarithm (over
+# stamps the median is 0.21 to 0.28), and the next four are shares of it times what it leaves.
+SURENESS = (0.07, 0.9)
+NEXT = (0.33, 0.15, 0.10, 0.07)
+# A channel's value before its ReLU: its mean, what all else about the picture adds than its class, what a cell of the
+# map differs by; and what a class adds (times its row) where the classifier then gives it a half, and for each unit of
+# log-odds more.
+CHANNEL, OF_PICTURE, OF_CELL = 0.20, 0.28, 0.27
+OF_CLASS, OF_SURENESS = 0.129, 0.019
 
 # Blocks whose expanded channels are an earlier level's token, 144 to 720 of them for cells of 4 to 16 pixels; and what
 # their means in a cell differ by in those pictures, in units of the channel's own spread, RMS.
@@ -138,25 +142,28 @@ class EfficientNetLite(nn.Module):
         return len(self._rows)
 
     def prototypes(self, classes: Sequence[int], draws: Sequence[int]) -> Tensor:
-        """What the encoder might say of pictures of some classes, if it were sure of them.
+        """What the encoder might say of pictures of some classes, as sure of them as it is of pictures.
 
         These are training pairs that cost no picture. The pooled feature and the map are the class's row, by which
         the classifier would know it, among noise as large as all else that pictures differ in; the class tokens are
-        the class and its four nearest neighbours by the cosine of their rows, with the probabilities that the
-        classifier has for pictures that it is sure of. Earlier levels do not know classes and are noise alone.
+        the class and its four nearest neighbours by the cosine of their rows. Both are as strong as the classifier is
+        sure, which is drawn too. Earlier levels do not know classes and are noise alone.
 
         Args:
             classes: B places in `class_names()`.
-            draws: B numbers; the noise is the same for the same class and number.
+            draws: B numbers; noise and sureness are the same for the same class and number.
         Returns:
             float[B, P, 1280].
         """
         which = torch.tensor(classes, device=self._rows.device)
         cosines = F.normalize(self._rows[which].float(), dim=1) @ F.normalize(self._rows.float(), dim=1).T
-        sureness = torch.tensor(SURE, device=which.device).expand(len(which), -1)
+        drawn = [self._draw(*pair) for pair in zip(classes, draws, strict=True)]
+        sure = torch.stack([sureness for sureness, _ in drawn]).to(which.device)[:, None]  # (B, 1)
+        sureness = torch.cat([sure, sure * (1 - sure) * sure.new_tensor(NEXT)], 1)  # (B, K)
         tokens = self._class_tokens(sureness, cosines.topk(TOP_CLASSES).indices)  # (B, K, D), the class itself first
-        noise = torch.stack([self._noise(*pair) for pair in zip(classes, draws, strict=True)]).to(tokens)
-        shared = CHANNEL + OF_CLASS * self._rows[which] + OF_PICTURE * noise[:, 0]  # (B, D)
+        noise = torch.stack([noise for _, noise in drawn]).to(tokens)
+        strength = (OF_CLASS + OF_SURENESS * sure.logit()).to(tokens)
+        shared = CHANNEL + strength * self._rows[which] + OF_PICTURE * noise[:, 0]  # (B, D)
         places = self.grid**2
         cells = shared[:, None] + OF_CELL * noise[:, 1 : 1 + places]
         parts = [shared[:, None].relu() / POOLED_RMS, cells.relu() / MAP_RMS]
@@ -176,10 +183,12 @@ class EfficientNetLite(nn.Module):
         """Channels of an earlier level's token that say something."""
         return 2 * len(self.mean) + len(self._level_mean)
 
-    def _noise(self, which: int, draw: int) -> Tensor:
-        """float32[N, D]: of the picture and of each cell, once more for the earlier levels."""
+    def _draw(self, which: int, draw: int) -> tuple[Tensor, Tensor]:
+        """Sureness, float32[], and noise, float32[N, D]: of the picture and each cell, again for the earlier levels."""
         generator = torch.Generator().manual_seed(draw * len(self._rows) + which)
-        return torch.randn(self._grids * (1 + self.grid**2), WIDTH, generator=generator)
+        noise = torch.randn(self._grids * (1 + self.grid**2), WIDTH, generator=generator)
+        low, high = SURENESS
+        return low * (high / low) ** torch.rand((), generator=generator), noise
 
     def _maps(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last feature map, float[B, D, 9, 9], and what earlier levels see, float[B, C, H, W] each."""
