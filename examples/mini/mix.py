@@ -1,8 +1,8 @@
 """Earlier weights come back: python examples/mini/mix.py runs/mini-reward/model runs/mini-speak/model runs/mini-mixed
 
-Half of the heads and of the Q-Former's text side comes back from the second folder: the model of speak.yaml's stage 1,
-and after names.yaml the mixture that it went on from. No caption passes through them,
-so captions stay the same to the bit; answers change, since questions are read there.
+Half of the heads and of the Q-Former's text side comes back from the second folder, the model of speak.yaml's stage 1,
+as `start_share` does from a run's own start. No caption passes through them, so captions stay the same to the bit;
+answers change, since questions are read there.
 """
 
 from __future__ import annotations
