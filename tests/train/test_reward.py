@@ -1,5 +1,7 @@
 """Self-critical training: what a caption is worth, and that captions which are worth more become likelier."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from test_distributed import metrics, same
 
 from blip2.data.sources import ImageRef, Sample
 from blip2.model import prefix
-from blip2.train.data import Texts
+from blip2.train.data import Batches, Mixture, Texts
 from blip2.train.distributed import World
 from blip2.train.objectives import Stage2
 from blip2.train.parts import Job, assemble
@@ -112,6 +114,38 @@ def test_the_same_seed_draws_the_same_and_held_out_captions_are_not_drawn(job: J
     first, again, other = (objective(batch, seed)["reward"] for seed in (0, 0, 1))
     assert first == again != other
     assert set(objective.eval()(batch, 0)) == {"lm"}
+
+
+def test_rows_without_references_are_not_judged(job: Job, monkeypatch: pytest.MonkeyPatch):
+    objective, batch = job.objective.train(), job.batches(0)
+    one, other = batch.references
+    nothing = objective(dataclasses.replace(batch, references=((), ())), 0)["reward"]
+    nothing.backward()
+    assert nothing.item() == 0
+
+    seen: list[tuple[torch.Tensor, Sequence[object]]] = []
+
+    def judge(_: SelfCritical, __: object, visual: torch.Tensor, known: Sequence[object], *___: object) -> torch.Tensor:
+        seen.append((visual, known))
+        return visual.sum()
+
+    monkeypatch.setattr(SelfCritical, "__call__", judge)
+    for references in ((one, other, one), (one, (), other)):
+        objective(dataclasses.replace(batch, references=references), 0)
+    (everyone, _), (some, known) = seen
+    assert known == [one, other]
+    torch.testing.assert_close(some, everyone[[0, 2]])
+
+
+def test_pictures_of_fewer_captions_have_no_references(data: Path):
+    samples = [Sample("one", ImageRef(data), ("a circle",)), Sample("two", ImageRef(data), ("a circle", "a square"))]
+    mixture, texts = Mixture([(samples, 1.0)], 0), Texts(language=tiny.tokenizer())
+    drawn = Batches(mixture, [lambda rows, _: torch.zeros(len(rows), 3, 4)], texts, 8, reward_share=1.0)[0]
+    chosen = Batches(
+        mixture, [lambda rows, _: torch.zeros(len(rows), 3, 4)], texts, 8, reward_share=1.0, reward_captions=2
+    )[0]
+    assert {len(each) for each in drawn.references} == {1, 2}
+    assert [len(each) for each in chosen.references] == [2 * (len(each) == 2) for each in drawn.references]
 
 
 def test_texts_that_are_all_alike_teach_nothing(job: Job, monkeypatch: pytest.MonkeyPatch):

@@ -271,6 +271,7 @@ class Batches(Dataset[Batch]):
         batch_size: rows of all ranks together; ranks hold consecutive parts of it.
         lm_share: share of a rank's rows, the first of them, that have texts for the language model.
         reward_share: share of a rank's rows, the first of them, whose captions come along as references.
+        reward_captions: fewest captions of a picture for that.
     Raises:
         DataError: the batch cannot be shared evenly, or a sample has no caption where stage 1 or a reward needs one.
     """
@@ -284,6 +285,7 @@ class Batches(Dataset[Batch]):
         *,
         lm_share: float = 1.0,
         reward_share: float = 0.0,
+        reward_captions: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -301,6 +303,7 @@ class Batches(Dataset[Batch]):
         self.batch_size = batch_size
         self.lm_share = lm_share
         self.reward_share = reward_share
+        self.reward_captions = reward_captions
         self.rank = rank
         self.world = world
 
@@ -329,7 +332,9 @@ class Batches(Dataset[Batch]):
         rows = zip(samples[written], everyone[written], strict=True)
         questions = self.texts.ids_of_questions([text for row in rows for text in self.texts.asked(*row)])
         rewarded = samples[own][: math.ceil(self.reward_share * len(image_ids))]
-        references = tuple(self.texts.references(sample) for sample in rewarded)
+        references = tuple(
+            self.texts.references(sample) if len(sample.captions) >= self.reward_captions else () for sample in rewarded
+        )
         return Batch(images, image_ids, ids, owners, prompts, targets, questions, references)
 
     def _pictures(self, draws: Sequence[Draw]) -> Tensor:

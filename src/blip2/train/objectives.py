@@ -43,7 +43,8 @@ class Batch:
             caption; (0, 0) where the Q-Former reads no questions.
         prompts: R tuples of language-model ids that stand after the queries; empty in stage 1.
         targets: int64[R, T'] language-model ids to predict, right-padded with -100; (0, 0) in stage 1.
-        references: of the first rows, each of its captions in the language model's ids; empty without a reward.
+        references: of the first rows, each of its captions in the language model's ids, none where what the model
+            writes of a picture is not judged; empty without a reward.
     """
 
     images: Tensor
@@ -290,8 +291,10 @@ class Stage2(nn.Module):
         log_probs = self.language.log_probs(embeds, lengths, batch.targets, self.vocabulary, before)  # (R, T')
         losses = {"lm": -log_probs.sum() / self.world.mean((batch.targets != -100).sum().float())}
         if self.reward is not None and self.bridge.training:
-            seen = self.bridge.project(look.hidden[: len(batch.references)])
-            losses["reward"] = self.reward(self.language, seen, batch.references, seed, self.vocabulary)
+            judged = [row for row, references in enumerate(batch.references) if references]
+            known = [batch.references[row] for row in judged]
+            seen = self.bridge.project(look.hidden[judged])
+            losses["reward"] = self.reward(self.language, seen, known, seed, self.vocabulary)
         if self.keep is not None:
             losses |= self.keep.losses(look, sight, patches, batch, seed)
         return losses

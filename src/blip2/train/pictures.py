@@ -119,6 +119,7 @@ def make_batches(recipe: Recipe, data: Sequence[Data], texts: Texts, rows: int, 
         rows,
         lm_share=recipe.lm_share,
         reward_share=recipe.reward.share if recipe.reward else 0.0,
+        reward_captions=recipe.reward.captions if recipe.reward else 1,
         rank=world.rank,
         world=world.size,
     )

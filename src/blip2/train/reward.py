@@ -140,10 +140,14 @@ class SelfCritical:
 
         Args:
             visual: float[N, Q, Dl], the projected queries.
-            references: N pictures' captions in the language model's tokens, each with the one that ends it.
+            references: N pictures' captions in the language model's tokens, each with the one that ends it; N may be 0
+                where another rank has some.
             seed: of the draws, the same on every rank.
             vocabulary: int64[K], sorted: the tokens that may be written, all where None.
         """
+        if not references:
+            self.world.mean(visual.new_zeros(()))  # the others wait for it
+            return visual.sum()  # of nothing
         bos, layout = self.tokenizer.bos, self.prompts.visual
         prompt = self.tokenizer.prompts([self.prompts.caption])[0]
         embeds, lengths = prefix.build(language, visual, [prompt] * len(references), bos, layout)

@@ -107,11 +107,14 @@ class Reward(Section):
         weight: beside the loss on people's own captions and answers; rewards are scaled by their spread before.
         share: share of the rows that it writes captions of: the first of each rank's part of a step, rounded up.
         samples: captions drawn of each picture.
+        captions: pictures that people wrote fewer of are not judged: where names stand beside captions, 2 keeps a
+            model that writes captions from answering with names.
     """
 
     weight: float = Field(default=1.0, gt=0)
     share: float = Field(default=1.0, gt=0, le=1)
     samples: int = Field(default=5, ge=2)
+    captions: int = Field(default=1, ge=1)
 
 
 class Vision(Section):
