@@ -1,8 +1,8 @@
 """Earlier weights come back: python examples/mini/mix.py runs/mini-reward/model runs/mini-speak/model runs/mini-mixed
 
-Half of the heads and of the Q-Former's text side comes back from the second folder, the model of speak.yaml's stage 1,
-as `start_share` does from a run's own start. No caption passes through them, so captions stay the same to the bit;
-answers change, since questions are read there.
+A share of the heads and of the Q-Former's text side comes back from the second folder, the model of a stage 1, as
+`start_share` does from a run's own start. No caption passes through them, so captions stay the same to the bit;
+answers change, since questions are read there. What `--rest` brings back captions pass through too: it is little.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-SHARE = 0.5
-BACK = ("heads.*", "qformer.positions.*", "qformer.layers.*.text_feed_forward.*")
+TEXTS = ("heads.*", "qformer.positions.*", "qformer.layers.*.text_feed_forward.*")
 WEIGHTS = "bridge.safetensors"
 
 
@@ -25,11 +24,14 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the trained model")
     parser.add_argument("earlier", type=Path, help="folder of the model that a share comes back from")
     parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--share", type=float, default=0.5, help="of the earlier heads and text side (0.5)")
+    parser.add_argument("--rest", type=float, default=0.0, help="of all else but the language projection (0)")
     arguments = parser.parse_args()
     mixed, earlier = load_file(arguments.model / WEIGHTS), load_file(arguments.earlier / WEIGHTS)
     for name in mixed:
-        if any(fnmatch(name, pattern) for pattern in BACK):
-            mixed[name] = mixed[name].lerp(earlier[name], SHARE)
+        if not name.startswith("language_projection."):
+            texts = any(fnmatch(name, pattern) for pattern in TEXTS)
+            mixed[name] = mixed[name].lerp(earlier[name], arguments.share if texts else arguments.rest)
     shutil.copytree(arguments.model, arguments.output)
     save_file(mixed, arguments.output / WEIGHTS, {"format": "pt"})
     print(arguments.output)

@@ -1,4 +1,4 @@
-"""Put a trained mini into the package, in half precision: python examples/mini/package.py runs/mini-names/model"""
+"""Put a trained mini into the package, in half precision: python examples/mini/package.py runs/mini"""
 
 from __future__ import annotations
 
