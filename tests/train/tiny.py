@@ -21,13 +21,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from blip2 import image
-from blip2.config import PartConfig
+from blip2.config import PartConfig, QFormerConfig
+from blip2.model.qformer import QFormer
 from blip2.text import Tokenizer
 from blip2.train.loop import train
 from blip2.train.parts import Parts
 from blip2.train.recipe import parse
 from blip2.train.report import Report
 from blip2.weights import load
+from blip2.weights.bert import EMBEDDINGS, LAYER
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 SHAPES = ("circle", "square", "cross")
@@ -95,9 +97,22 @@ def parts() -> Parts:
 
 @dataclass(frozen=True)
 class TinyText:
-    """In the place of `adapters.TextPart`: the Q-Former starts at random, so it has a tokenizer only."""
+    """In the place of `adapters.TextPart`."""
 
     tokenizer: Tokenizer
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """By BERT's names, of random values; a Q-Former starts from them where the model names a text part."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(3)
+            state = QFormer(QFormerConfig(**model()["qformer"])).state_dict()
+        bert = {theirs: state[ours] for theirs, ours in EMBEDDINGS.items()}
+        for theirs, (ours, *_) in LAYER.items():
+            bert |= {
+                f"encoder.layer.0.{theirs}.{kind}": state[f"layers.0.{ours}.{kind}"] for kind in ("weight", "bias")
+            }
+        return bert
 
 
 def tokenizer(frame: tuple[int, int] | None = None) -> Tokenizer:

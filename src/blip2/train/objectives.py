@@ -22,6 +22,7 @@ from blip2.model.qformer import Look, Sight
 from blip2.packed import learns
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.train.distributed import World
+from blip2.train.likeness import Likeness
 from blip2.train.reward import SelfCritical
 
 LOSSES = ("itc", "itm", "itg", "diversity")  # of stage 1
@@ -73,6 +74,8 @@ class Stage1(nn.Module):
         encoder: the image encoder, where batches hold pixels; None where they hold its patches.
         weights: of the losses, by name; one of weight 0 is not computed.
         smoothing: label smoothing of ITC and ITG.
+        likeness: in training a share of ITC's target goes to texts like an image's own, and not evenly to all; None as
+            published.
         gather_gradient: ITC's gradient crosses ranks, which equals one process with the whole batch; False is what
             the public code does (`reference`).
         vocabulary: int64[K], sorted: ITG's softmax runs over these tokens, all where None.
@@ -93,6 +96,7 @@ class Stage1(nn.Module):
         *,
         weights: Mapping[str, float] | None = None,
         smoothing: float = 0.1,
+        likeness: Likeness | None = None,
         gather_gradient: bool = True,
         vocabulary: Tensor | None = None,
         itm_share: float = 1.0,
@@ -110,6 +114,7 @@ class Stage1(nn.Module):
         self.patch_dropout = patch_dropout
         self.weights = dict(weights or {"itc": 1.0, "itm": 1.0, "itg": 1.0})
         self.smoothing = smoothing
+        self.likeness = likeness
         self.gather_gradient = gather_gradient
         self.register_buffer("vocabulary", vocabulary, persistent=False)
         self.world = world or World()
@@ -134,7 +139,7 @@ class Stage1(nn.Module):
             by_image, by_text = self._similarities(look, batch.ids)
             image_ids = self.world.gather(batch.image_ids)  # (N,)
             if itc:
-                losses["itc"] = itc * self._itc(by_image, by_text, image_ids)
+                losses["itc"] = itc * self._itc(by_image, by_text, image_ids, batch.ids)
             if itm:
                 wrong_texts = self._draw_negatives(by_image, image_ids, seed)
                 wrong_images = self._draw_negatives(by_text, image_ids, seed + 1)
@@ -158,12 +163,15 @@ class Stage1(nn.Module):
             by_text = torch.einsum("be,nqe->bnq", text_vectors, all_images).amax(-1)  # (B, N)
         return by_image / temperature, by_text / temperature
 
-    def _itc(self, by_image: Tensor, by_text: Tensor, image_ids: Tensor) -> Tensor:
+    def _itc(self, by_image: Tensor, by_text: Tensor, image_ids: Tensor, ids: Tensor) -> Tensor:
         """Cross-entropy both ways; the texts of one image share the target's mass."""
         own = self.world.own(image_ids, len(by_image))
-        same = (own[:, None] == image_ids[None, :]).float()  # (B, N)
+        same = own[:, None] == image_ids[None, :]  # (B, N)
         target = same / same.sum(1, keepdim=True)
-        target = (1 - self.smoothing) * target + self.smoothing / len(image_ids)
+        if self.likeness is not None and self.bridge.training:
+            target = self.likeness(target, ids, same, self.world)
+        else:
+            target = (1 - self.smoothing) * target + self.smoothing / len(image_ids)
         return (F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)) / 2
 
     def _itm(self, wrong_texts: Tensor, wrong_images: Tensor, sight: Sight, patches: Tensor, ids: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.text import Tokenizer, plain
 from blip2.train.data import Texts
 from blip2.train.distributed import World
+from blip2.train.likeness import Likeness
 from blip2.train.lora import inject
 from blip2.train.objectives import LOSSES, Batch, Stage1, Stage2
 from blip2.train.pictures import Data, make_batches, read_data
@@ -214,6 +215,8 @@ def check_model(recipe: Recipe, config: Blip2Config, start: Start | None) -> Non
             f"text_length: {recipe.text_length} is more than the Q-Former's text has positions, "
             f"{config.qformer.positions}; lower it, or raise model.qformer.positions"
         )
+    if recipe.likeness and config.text is None:
+        raise ConfigError("likeness: this model's Q-Former starts from no text encoder that could tell; leave it out")
     if recipe.lora is not None and start is not None and start.config.adapter:
         raise ConfigError(
             f"lora: the language model of {start.directory} has an adapter already; write its model whole with "
@@ -274,11 +277,15 @@ def _objective(
     captions = [plain(caption) for sample in samples for caption in sample.captions]
     first = None
     if texts.qformer is not None:
+        likeness = None
+        if recipe.likeness:
+            likeness = Likeness(bridge.config.qformer, parts.text().weights, recipe.likeness)
         first = Stage1(
             bridge,
             encoder,
             weights={name: scale * getattr(recipe.losses, name) for name in LOSSES},
             smoothing=recipe.smoothing,
+            likeness=likeness,
             gather_gradient=recipe.gather_gradient,
             itm_share=recipe.itm_share,
             itg_share=recipe.itg_share,

@@ -103,6 +103,9 @@ class Recipe(Section):
         text_length: most tokens of a text, cut on the right.
         vocabulary: the words that a softmax runs over: `used` in the training texts, or `all`.
         smoothing: label smoothing of ITC and ITG.
+        likeness: share of ITC's target that goes to texts of other pictures, by how alike the text encoder finds them
+            that the Q-Former starts from, in place of ITC's `smoothing`: pictures then lie near names that were never
+            trained on. Not of the paper, where it is 0. For one that makes sentence vectors, such as mini's MiniLM.
         losses: weights of stage 1's losses.
         itm_share, itg_share: share of the rows that ITM and ITG learn from; 1 as published. Each rank takes the first
             of its own rows, so unless both are 1 several ranks learn from other pairs than one process would.
@@ -158,6 +161,7 @@ class Recipe(Section):
     text_length: int = Field(default=32, ge=3)
     vocabulary: Literal["used", "all"] = "all"
     smoothing: float = Field(default=0.1, ge=0, lt=1)
+    likeness: float = Field(default=0.0, ge=0, lt=1)
     losses: Losses = Losses()
     itm_share: float = Field(default=1.0, gt=0, le=1)
     itg_share: float = Field(default=1.0, gt=0, le=1)
