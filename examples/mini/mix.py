@@ -1,8 +1,8 @@
 """Earlier weights come back: python examples/mini/mix.py runs/mini-reward/model runs/mini-speak/model runs/mini-mixed
 
-A share of the heads and of the Q-Former's text side comes back from the second folder, the model of a stage 1, as
+A share of the heads and of the Q-Former's text side comes back from the second folder, an earlier model, as
 `start_share` does from a run's own start. No caption passes through them, so captions stay the same to the bit;
-answers change, since questions are read there. What `--rest` brings back captions pass through too: it is little.
+answers change, since questions are read there. What `--rest` and `--projection` bring back captions pass through too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--share", type=float, default=0.5, help="of the earlier heads and text side (0.5)")
     parser.add_argument("--rest", type=float, default=0.0, help="of all else but the language projection (0)")
+    parser.add_argument("--projection", type=float, default=0.0, help="of the language projection (0)")
     arguments = parser.parse_args()
     mixed, earlier = load_file(arguments.model / WEIGHTS), load_file(arguments.earlier / WEIGHTS)
     for name in mixed:
-        if not name.startswith("language_projection."):
-            texts = any(fnmatch(name, pattern) for pattern in TEXTS)
-            mixed[name] = mixed[name].lerp(earlier[name], arguments.share if texts else arguments.rest)
+        share = arguments.share if any(fnmatch(name, pattern) for pattern in TEXTS) else arguments.rest
+        if name.startswith("language_projection."):
+            share = arguments.projection
+        if share:  # the model of a stage 1 has no language projection
+            mixed[name] = mixed[name].lerp(earlier[name].to(mixed[name]), share)
     shutil.copytree(arguments.model, arguments.output)
     save_file(mixed, arguments.output / WEIGHTS, {"format": "pt"})
     print(arguments.output)
