@@ -155,20 +155,28 @@ def test_diversity_keeps_queries_apart(batch: Batch):
     assert alike(1.0) < 0.5 * alike(0.0)
 
 
-def test_equal_queries_part(bridge: Bridge, batch: Batch):
-    with torch.no_grad():
-        start = bridge.qformer.query_tokens[:, :1] + 1e-3 * torch.randn(1, 4, 16)
-        bridge.qformer.query_tokens.copy_(start)
-    objective = Stage1(bridge, weights={"diversity": 1.0})
-    optimizer = torch.optim.AdamW(bridge.parameters(), lr=5e-3)
-    losses = []
-    for step in range(130):
-        losses.append(objective(batch, step)["diversity"])
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[0] > 3.0  # cosines of 0.975 and more
-    assert losses[-1] < 1.0  # of 0.8 and less; of twelve other beginnings at most 0.62, by the processor's rounding
+def test_equal_queries_part(batch: Batch):
+    def parted(seed: int) -> tuple[float, float]:
+        torch.manual_seed(seed)
+        bridge = Bridge(CONFIG)
+        with torch.no_grad():
+            start = bridge.qformer.query_tokens[:, :1] + 1e-3 * torch.randn(1, 4, 16)
+            bridge.qformer.query_tokens.copy_(start)
+        objective = Stage1(bridge, weights={"diversity": 1.0})
+        optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=100)
+        losses = []
+        for step in range(100):
+            losses.append(objective(batch, step)["diversity"])
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+            schedule.step()
+        return losses[0].item(), losses[-1].item()
+
+    begun, ended = zip(*map(parted, range(5)), strict=True)
+    assert min(begun) > 3.0  # cosines of 0.975 and more
+    assert sum(ended) / 5 < 0.5  # of 0.63 and less; where one beginning ends hangs on the processor's rounding
 
 
 def test_queries_that_say_the_same_of_every_image_are_no_different_ones(bridge: Bridge):
