@@ -64,11 +64,7 @@ class Bridge(nn.Module):
 
     def _text_vectors(self, ids: Tensor) -> Tensor:
         hidden = self.qformer.read(ids)  # (B, T, D)
-        if self.config.qformer.text_pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            real = self.qformer.real(ids)[..., None]  # (B, T, 1)
-            pooled = (hidden * real).sum(1) / real.sum(1)
+        pooled = hidden[:, 0] if self.config.qformer.text_pooling == "cls" else self.qformer.mean(hidden, ids)
         return F.normalize(self._heads.text_proj(pooled).float(), dim=-1)
 
     def match(self, sight: Sight, images: Tensor, ids: Tensor) -> Tensor:

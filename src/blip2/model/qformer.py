@@ -198,6 +198,11 @@ class QFormer(nn.Module):
         """bool[B, T]: True where a token is no padding."""
         return ids != self.config.pad_id
 
+    def mean(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The mean over the tokens of each text: float[B, T, D] of int64[B, T] to float[B, D]."""
+        real = self.real(ids)[..., None]  # (B, T, 1)
+        return (hidden * real).sum(1) / real.sum(1)
+
     @property
     def _layers(self) -> list[Layer]:
         return cast("list[Layer]", self.layers)  # a ModuleList forgets the type of its modules

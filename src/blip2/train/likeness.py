@@ -9,8 +9,8 @@ Letters: B texts of this rank, N texts of all ranks, T positions, D width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from blip2.config import QFormerConfig
 from blip2.model.qformer import QFormer
 from blip2.train.distributed import World
+from blip2.train.objectives import MASKED
 from blip2.weights.bert import start_from_bert
 
 TEMPERATURE = 0.1  # of cosines between sentences: of 127 other captions the likest has a sixth of the share
-OWN = -1e4  # of texts of the same image, finite so that a batch of one image stays a distribution
 
 
 class Likeness(nn.Module):
@@ -41,13 +41,9 @@ class Likeness(nn.Module):
     def __init__(self, config: QFormerConfig, bert: Mapping[str, Tensor], share: float) -> None:
         super().__init__()
         self.share = share
-        self.qformer = QFormer(config)
+        self.qformer = QFormer(dataclasses.replace(config, dropout=0.0))
         start_from_bert(self.qformer, bert)
-        self.requires_grad_(False).train(False)
-
-    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
-        """Its dropout never wakes."""
-        return super().train(False)
+        self.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, target: Tensor, ids: Tensor, same: Tensor, world: World) -> Tensor:
@@ -62,11 +58,10 @@ class Likeness(nn.Module):
         own = self.sentences(ids)
         with torch.autocast(ids.device.type, enabled=False):
             cosines = own @ world.gather(own).T  # (B, N)
-        others = (cosines / TEMPERATURE).masked_fill(same, OWN).softmax(1)
+        others = (cosines / TEMPERATURE).masked_fill(same, MASKED).softmax(1)
         return torch.lerp(target, others, self.share)
 
     @torch.no_grad()
     def sentences(self, ids: Tensor) -> Tensor:
         """Unit vectors of texts, the mean over their tokens: int64[B, T], right-padded, to float32[B, D]."""
-        real = self.qformer.real(ids)[..., None]
-        return F.normalize((self.qformer.read(ids).float() * real).sum(1) / real.sum(1), dim=-1)
+        return F.normalize(self.qformer.mean(self.qformer.read(ids).float(), ids), dim=-1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,10 @@ from blip2.model.qformer import Look, Sight
 from blip2.packed import learns
 from blip2.protocols import ImageEncoder, LanguageModel
 from blip2.train.distributed import World
-from blip2.train.likeness import Likeness
 from blip2.train.reward import SelfCritical
+
+if TYPE_CHECKING:
+    from blip2.train.likeness import Likeness
 
 LOSSES = ("itc", "itm", "itg", "diversity")  # of stage 1
 NEARLY_ONE = 1e-3  # keeps the diversity of equal queries finite

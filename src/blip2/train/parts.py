@@ -162,7 +162,8 @@ def assemble(recipe: Recipe, parts: Parts | None, world: World, device: torch.de
     batches = make_batches(recipe, data, texts, rows, world)
     lora = None if recipe.lora is None else inject(parts.language()[0], recipe.lora)
     written = earlier_words(start)
-    objective = partial(_objective, recipe, parts, bridge, texts, written, world, device)
+    likeness = Likeness(config.qformer, parts.text().weights, recipe.likeness) if recipe.likeness else None
+    objective = partial(_objective, recipe, parts, bridge, texts, written, likeness, world, device)
     validate = None
     if recipe.validate_ is not None:
         held_out = [
@@ -260,6 +261,7 @@ def _objective(
     bridge: Bridge,
     texts: Texts,
     written: Tensor | None,
+    likeness: Likeness | None,
     world: World,
     device: torch.device,
     data: Sequence[Data],
@@ -269,6 +271,7 @@ def _objective(
 
     Args:
         written: int64[K], the tokens that the model writes already.
+        likeness: one for training and validation, as it holds a text encoder.
         reward: None for validation, which draws nothing.
     """
     encoder = parts.encoder() if recipe.features.cache is None else None
@@ -277,9 +280,6 @@ def _objective(
     captions = [plain(caption) for sample in samples for caption in sample.captions]
     first = None
     if texts.qformer is not None:
-        likeness = None
-        if recipe.likeness:
-            likeness = Likeness(bridge.config.qformer, parts.text().weights, recipe.likeness)
         first = Stage1(
             bridge,
             encoder,
